@@ -1,0 +1,38 @@
+"""The operations that LaTRO spends its time in, behind one switch.
+
+`reference.py` defines them in plain torch and is what runs today, on CPU and on CUDA. A faster
+implementation is a module with some of the same names, listed in BACKENDS after it.
+"""
+
+from functools import wraps
+from types import ModuleType
+
+from . import reference
+from .attention import Cache
+from .reference import Scores, span_sums
+
+BACKENDS: dict[str, ModuleType] = {"torch": reference}
+chosen = reference
+
+
+def use(name: str) -> None:
+    """Chooses the implementation: "torch", "triton", or "auto" for the fastest that runs here.
+
+    Raises ValueError for one that does not."""
+    global chosen
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{name}: these kernels do not run here; there is auto, {', '.join(BACKENDS)}")
+    chosen = list(BACKENDS.values())[-1] if name == "auto" else BACKENDS[name]
+
+
+def dispatched(definition):
+    """The chosen module's function of this name; the definition where it has none."""
+    @wraps(definition)
+    def call(*args, **options):
+        return getattr(chosen, definition.__name__, definition)(*args, **options)
+    return call
+
+
+token_logprobs = dispatched(reference.token_logprobs)
+score_rationales = dispatched(reference.score_rationales)
+pick_tokens = dispatched(reference.pick_tokens)

@@ -1,0 +1,107 @@
+"""The definition of the operations in plain torch: what every faster kernel must reproduce.
+
+token_logprobs    log softmax(h W^T / temperature)[target], a chunk of tokens at a time
+pick_tokens       a token from each row's distribution
+score_rationales  sums, reward, leave-one-out advantage and per-token weights of packed rationales
+
+All log-probabilities are in nats. T scored tokens, N rationales in groups of K, V vocabulary, D width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 2**25  # logits alive at once: 128 MiB of float32
+
+
+class Scores(NamedTuple):
+    """What a group of rationales is worth. Sums over tokens, in nats; (N,) float32 each."""
+
+    logp_z: Tensor  # log pi(z|x), every sampled token and the terminator included
+    logp0_z: Tensor | None  # log pi_0(z|x); None without a reference
+    logp_y: Tensor  # log pi(y|x+z)
+    reward: Tensor  # r
+    advantage: Tensor  # A, leave-one-out
+    weights: Tensor  # (T,): the gradient of the objective is that of (weights * logp).sum()
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(hidden @ weight.T / temperature)[targets]: (T, D), (V, D), (T,) int64 -> (T,) float32.
+
+    Differentiable in hidden and weight. A target of -100 gives 0 and no gradient. Logits are formed in
+    float32 (float64 stays float64) and recomputed in the backward pass, never held as [T, V].
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    W = weight.to(wide)
+
+    def chunk(h: Tensor, t: Tensor) -> Tensor:
+        logp = (h.to(wide) @ W.T / temperature).log_softmax(-1)
+        return logp.gather(-1, t.clamp(min=0)[:, None])[:, 0].masked_fill(t == -100, 0.0)
+
+    rows = max(1, CHUNK // len(W))
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in parts])
+
+
+def span_lengths(z_start: Tensor, y_start: Tensor, end: Tensor) -> Tensor:
+    """Tokens of z, y of the first rationale, z, y of the second, ...: (2 N,)."""
+    return torch.stack([z_start, y_start], 1).flatten().diff(append=end[-1:])
+
+
+@torch.no_grad()
+def span_sums(logp: Tensor, z_start: Tensor, y_start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of (T,) log-probs over each rationale's z and over its y: (N,) and (N,), nats."""
+    lengths = span_lengths(z_start, y_start, end)
+    return torch.segment_reduce(logp, "sum", lengths=lengths, initial=0).view(-1, 2).unbind(1)
+
+
+def pick_tokens(logits: Tensor, uniform: Tensor | None, temperature: float) -> Tensor:
+    """The token on which `uniform` (rows,) in [0, 1) falls in each row's distribution: (rows, V) -> (rows,).
+
+    None picks the likeliest. The inverse of the distribution function, in float64: what a row draws
+    hangs on its own number alone, not on the rows beside it."""
+    if uniform is None:
+        return logits.argmax(-1)
+    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+
+
+@torch.no_grad()
+def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_start: Tensor, end: Tensor,
+                     K: int, beta: float, *, bound: str = "elbo", reward: str = "logp",
+                     answer_weight: float = 1.0, penalty: Tensor | float = 0.0,
+                     total: int | None = None) -> Scores:
+    """Rewards, advantages and token weights of N rationales packed one after the other.
+
+    logp, logp0 (T,): log-probs of policy and reference (None: no KL term). Rationale n owns the tokens
+    z_start[n] : y_start[n] (z) and y_start[n] : end[n] (y); z_start[n + 1] = end[n]; z may be empty.
+    Neighbouring groups of K answer the same question. `penalty` (N,) nats is taken off the reward.
+    `total` is the number of rationales to average over (default N).
+
+    elbo  r = log pi(y|x+z) - beta log(pi(z)/pi_0(z)) - penalty, or pi(y|x+z) in place of its log
+          (reward="prob", arXiv 2505.21493); A_k = r_k - mean of the other r; eq. 4 of arXiv 2411.04282
+    iwae  L = log mean_k exp r_k; A_k = L - L without k; arXiv 2503.19618. A question's share of the
+          gradient goes to rationale k by s = softmax(r); beta s_k is left of the KL's own gradient.
+    Raises ValueError for K < 2: a single rationale has no baseline.
+    """
+    if K < 2:
+        raise ValueError(f"K = {K}: the leave-one-out baseline needs at least 2 rationales")
+    logp_z, logp_y = span_sums(logp, z_start, y_start, end)
+    logp0_z = None if logp0 is None else span_sums(logp0, z_start, y_start, end)[0]
+    gain = logp_y.exp() if reward == "prob" else logp_y
+    r = gain - penalty if logp0 is None else gain - beta * (logp_z - logp0_z) - penalty
+    group = r.view(-1, K)
+    if bound == "elbo":
+        A = (group - group.mean(1, keepdim=True)) * (K / (K - 1))
+        on_z, on_y = A, (gain if reward == "prob" else torch.ones_like(gain)).view(-1, K)
+    else:
+        others = group[:, None].expand(-1, K, K).masked_fill(torch.eye(K, device=r.device) > 0, -math.inf)
+        A = group.logsumexp(1, keepdim=True) - math.log(K) - (others.logsumexp(2) - math.log(K - 1))
+        share = group.softmax(1)
+        on_z, on_y = K * (A - beta * share), K * share
+    weights = torch.stack([on_z, answer_weight * on_y], -1).flatten() / (total or len(end))
+    weights = weights.repeat_interleave(span_lengths(z_start, y_start, end), output_size=len(logp))
+    return Scores(logp_z, logp0_z, logp_y, r, A.flatten(), weights)
