@@ -8,8 +8,9 @@ from functools import wraps
 from types import ModuleType
 
 from . import reference
-from .attention import Cache
 from .reference import Scores, span_sums
+from .sampler import sample
+from .tree import Rationale, Tree, plant
 
 BACKENDS: dict[str, ModuleType] = {"torch": reference}
 chosen = reference
