@@ -15,17 +15,13 @@ Gradient (eq. 4), estimated from K rationales for each of B questions, N = B K:
     1/N sum  A grad log pi(z|x) + grad log pi(y|x+z)        A_k = r_k - mean of the other r
     r = log pi(y|x+z) - beta log( pi(z|x) / pi_0(z|x) )
 
-Ending z is an action of the policy: the tokens that end it, the template "The answer is" or EOS,
-are part of pi(z|x). With --credit answer (the default) y is the answer after the template that z
-wrote; with --credit full, the paper to the letter, y begins with the template. A z that EOS or L
-ended has the template appended to it, as part of y. Each is one exact objective, the expectation
-of r over the ways to write and to end z; tests/test_estimator.py enumerates them.
+Ending z is an action of the policy, part of pi(z|x); kernels/tree.py says what counts as z and what
+as y for each --credit. Each is one exact objective: tests/test_estimator.py enumerates them.
 
 x, y, z                  question, answer, rationale: lists of token ids
 K, L, beta               rationales a question, longest z in tokens, weight of the KL
 logp_z, logp0_z, logp_y  log pi(z|x), log pi_0(z|x), log pi(y|x+z): sums over tokens, nats
 r, A                     reward and leave-one-out advantage of a rationale, nats
-B, N, S, T               questions, rationales, tokens of a tree, scored tokens of a forward
 """
 
 import argparse, dataclasses, json, math, os, re, resource, shutil, signal, subprocess, sys, time
@@ -40,16 +36,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
-from torch.distributed.fsdp import (
-    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+from torch.distributed import fsdp
+from torch.distributed.checkpoint import state_dict as states
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import kernels
-from kernels import (
-    Rationale, Scores, Tree, plant, sample, score_rationales, span_sums, token_logprobs)
+from kernels import (Rationale, Scores, Tree, conclude, gold_rationale, plant, sample,
+                     score_rationales, span_sums, token_logprobs)
 
 HERE = Path(__file__).resolve().parent
 
@@ -57,7 +51,6 @@ class Problem(Exception):
     """Bad input, or a run that cannot go on: one sentence that names the value and the way out."""
 
 # ------------------------------------------------------------------------------ 1. arguments
-
 def flag(default, help: str, choices=None, least=None):
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, min=least))
 
@@ -72,7 +65,7 @@ class Args:
     bound: str = flag("elbo", "iwae: the multi-sample bound", ("elbo", "iwae"))
     reward: str = flag("logp", "prob: reward pi(y|x+z) itself", ("logp", "prob"))
     credit: str = flag("answer", "y: the answer, or template and answer", ("answer", "full"))
-    K: int = flag(16, "rationales a question", least=1)
+    K: int = flag(16, "rationales a question; at least 2", least=1)
     L: int = flag(500, "longest rationale, tokens", least=1)
     beta: float = flag(0.05, "weight of the KL to the starting policy; 0 loads none", least=0)
     temperature: float = flag(1.0, "of sampling z, and of pi(z|x) in the objective", least=1e-3)
@@ -93,7 +86,7 @@ class Args:
     seed: int = flag(0, "of the data order and the samples", least=0)
     resume: bool = flag(False, "go on from the last checkpoint in --out")
     plan: bool = flag(False, "print the memory that training needs, load no weights")
-    kernels: str = flag("auto", "the fused operations", ("auto", "triton", "torch"))
+    kernels: str = flag("auto", "the fused operations", ("auto", *kernels.BACKENDS))
 
 PRESETS = {  # where a task differs from the paper's GSM8K run, which the defaults above are
     "toy": dict(model=str(HERE / "toy/model"), data=str(HERE / "toy"), L=48, lr=3e-4, steps=50,
@@ -122,7 +115,7 @@ def parse(argv: list[str] | None) -> Args:
         other = [f"--{k.replace('_', '-')} {preset[k]} -> {v}" for k, v in given.items()
                  if k not in ("resume", "out", "micro", "kernels") and preset[k] != v]
         if other:
-            raise Problem(f"--resume: {saved.parent} was begun with other flags: {'; '.join(other)};"
+            raise Problem(f"--resume: {saved.parent} began with other flags: {'; '.join(other)};"
                           " leave them out, or start a new run with another --out")
     return check(Args(**preset | given))
 
@@ -136,23 +129,25 @@ def check(args: Args) -> Args:
         raise Problem(f"--task {args.task} needs --model and --data: hub ids or directories")
     if args.steps and args.epochs:
         raise Problem("--steps and --epochs both set the length: give one of them")
-    if args.objective == "latro" and args.K < 2:
+    if args.K < 2:
         raise Problem(f"--K {args.K}: the leave-one-out baseline needs at least 2 rationales")
     if args.bound == "iwae" and args.reward == "prob":
         raise Problem("--bound iwae averages probabilities already: use it with --reward logp")
-    for name, rest in (("questions", args.questions % world_size()),
-                       ("shard", args.shard and world_size() % args.shard)):
-        if rest:
-            raise Problem(f"--{name} {getattr(args, name)}: not a number for {world_size()} processes")
+    W = world_size()
+    if args.questions % W or args.shard and W % args.shard:
+        raise Problem(f"{W} processes: --questions {args.questions} must be a multiple of {W}, and"
+                      f" --shard {args.shard} divide it")
     return args
 
 # ------------------------------------------------------------------------------ 2. processes
-
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 def is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
+
+def say(text: str) -> None:
+    print(text, flush=True) if is_first() else None
 
 def connect() -> torch.device:
     """Joins torchrun's processes, or makes a group of this one; returns this process's device."""
@@ -172,34 +167,30 @@ def gather(mine: list) -> list:
     """The inverse of share, on every process."""
     parts = [None] * world_size()
     dist.all_gather_object(parts, mine)
-    whole = [None] * sum(map(len, parts))
-    for rank, part in enumerate(parts):
-        whole[rank::len(parts)] = part
-    return whole
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 def distribute(model: nn.Module, device: torch.device, dtype: torch.dtype, group: int) -> nn.Module:
-    """Moves the model to its device as dtype, block by block, each split over `group` processes.
+    """Moves the model to its device as dtype; FSDP2 splits each block over `group` processes.
 
-    FSDP2: bfloat16 compute and float32 reduction on CUDA, all float32 on CPU, where a single
-    process has nothing to split."""
+    On CUDA it computes in bfloat16 and reduces in float32; one CPU process has nothing to split."""
     cuda, W = device.type == "cuda", world_size()
     sizes = (W // group, group) if 0 < group < W else (W,)
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard")[-len(sizes):])
-    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
+    mixed = fsdp.MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if cuda else ())
     for block in [*model.model.layers, model]:
         for p in block.parameters():
             p.data = p.data.to(device, dtype)  # not the buffers: RoPE's frequencies stay float32
         block.to(device)
         if cuda or W > 1:
-            fully_shard(block, mesh=mesh, mp_policy=mixed)
-    register_fsdp_forward_method(model, "logprobs")
+            fsdp.fully_shard(block, mesh=mesh, mp_policy=mixed)
+    fsdp.register_fsdp_forward_method(model, "logprobs")
     return model
 
 @contextmanager
 def gathered(*models: nn.Module | None) -> Iterator[None]:
     """Whole weights inside: decoding gathers a parameter once, not once a token."""
     shards = [(m, m is root) for root in models if root is not None for m in root.modules()
-              if isinstance(m, FSDPModule)]
+              if isinstance(m, fsdp.FSDPModule)]
     for m, _ in shards:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
@@ -213,7 +204,6 @@ def backward(loss: Tensor) -> None:
     (loss * world_size()).backward()
 
 # ------------------------------------------------------------------------------ 3. tasks
-
 TEMPLATE = "The answer is"
 NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:/0*[1-9]\d*)?")
 
@@ -230,7 +220,7 @@ def qa(row: dict) -> tuple[str, str, str]:
     return row["question"], row["answer"], row.get("rationale", "")
 
 TASKS = {"gsm8k": gsm8k, "arc_challenge": arc_challenge, "toy": qa, "qa": qa}
-HUB_CONFIG = {"gsm8k": "main", "arc_challenge": "ARC-Challenge"}
+CONFIGS = {"gsm8k": "main", "arc_challenge": "ARC-Challenge"}  # within the hub's data sets
 
 def answer_in(text: str) -> str:
     """What a reply answers: the rest of the line behind its last template, or nothing."""
@@ -249,7 +239,7 @@ def read_rows(args: Args, split: str) -> list[tuple[str, dict]]:
     if not Path(args.data).is_dir():
         import datasets  # only where the hub is asked
         try:
-            hub = datasets.load_dataset(args.data, HUB_CONFIG.get(args.task))
+            hub = datasets.load_dataset(args.data, CONFIGS.get(args.task))
         except Exception as e:  # offline, missing, gated: each its own class, one way out
             raise Problem(f"--data {args.data}: no directory here, nor to be had from the hub"
                           f" ({brief(e)}); pass a directory with train.jsonl and test.jsonl") from e
@@ -320,37 +310,18 @@ class Codec:
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-# ------------------------------------------------------------------------------ 4. sampler
-
-def conclude(codec: Codec, ids: list[int], end: int, by: int, answer: list[int],
-             credit: str) -> Rationale:
-    """What counts as z and what as y: see --credit in the docstring of this file."""
-    actions, length = ids[:end], end - abs(by)
-    if by <= 0:  # EOS is an action, but y does not follow it
-        y = (codec.join if length else codec.lead) + answer
-        return Rationale(ids, actions, length, y, length, by == 0)
-    if credit == "full":
-        return Rationale(ids, actions, length, actions[length:] + answer, length, False)
-    return Rationale(ids, actions, end, answer, length, False)
-
+# ------------------------------------------------------------------------------ 4. sample and score
 def rollout(policy, codec: Codec, batch: list[Example], slots: list[int], stream: int, args: Args,
             K: int, room: int = 0, greedy: bool = False) -> list[list[Rationale]]:
     """K rationales a question; their randomness hangs on (seed, stream, slot), not on the batch."""
-    chance = lambda slot: np.random.default_rng((args.seed, stream, slot)).random((K, args.L + room))
-    uniform = None if greedy else torch.tensor(np.concatenate([*map(chance, slots)]))
-    drawn = iter(sample(policy, [e.x for e in batch], codec.stops, codec.eos, K, args.L, uniform,
-                        args.temperature, room))
+    chance = lambda *key: np.random.default_rng(key).random((K, args.L + room))
+    uniform = torch.tensor(np.concatenate([chance(args.seed, stream, slot) for slot in slots]))
+    drawn = iter(sample(policy, [e.x for e in batch], codec.stops, codec.eos, K, args.L,
+                        None if greedy else uniform, args.temperature, room))
     return [[conclude(codec, *next(drawn), e.answer, args.credit) for _ in range(K)] for e in batch]
 
-def gold_rationale(codec: Codec, e: Example) -> Rationale:
-    """The data's own rationale and answer, all of it scored: what SFT learns."""
-    actions = e.z + (codec.join if e.z else codec.lead)
-    return Rationale([], actions, len(actions), e.answer, len(e.z), False)
-
-# ------------------------------------------------------------------------------ 6. model and score
-
 def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """--model with this project's attention and log-probs, its parameters in dtype on the device."""
+    """--model with this project's attention and log-probs, its parameters in dtype on device."""
     policy = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", use_safetensors=True)
     policy.set_attn_implementation("latro")
     policy.logprobs = logprobs.__get__(policy)
@@ -361,15 +332,6 @@ def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
         policy.gradient_checkpointing_enable()
     return distribute(policy, device, dtype, args.shard)
 
-def supported(config) -> None:
-    """Refuses architectures whose log-probs this file would get wrong."""
-    odd = [k for k in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale",
-                       "logits_scaling", "is_encoder_decoder") if getattr(config, k, None)]
-    odd += ["layers of several kinds"] * (len({*(getattr(config, "layer_types", None) or [])}) > 1)
-    if odd:
-        raise Problem(f"--model: {type(config).__name__} has {', '.join(odd)}, which is not supported;"
-                      " take a Llama, Mistral, Qwen or Phi-3 model")
-
 def logprobs(self: nn.Module, tree: Tree) -> Tensor:
     """(T,) log-probs of the tree's targets, nats. A method, so that FSDP's hooks surround it."""
     self.train(torch.is_grad_enabled())  # train mode is what allows checkpointing
@@ -378,8 +340,6 @@ def logprobs(self: nn.Module, tree: Tree) -> Tensor:
     self.eval()
     h = h / tree.temperature[:, None].to(h.dtype)
     return token_logprobs(h, self.get_output_embeddings().weight, tree.targets)
-
-# ------------------------------------------------------------------------------ 7. objective
 
 def score(policy, reference, batch: list[Example], groups: list[list[Rationale]],
           args: Args) -> tuple[Tensor, Scores]:
@@ -410,18 +370,18 @@ def summary(questions: list[list[dict]]) -> dict:
     mean = lambda key: float(np.mean([s[key] for s in samples]))
     kl = mean("logp_z") - mean("logp0_z") if "logp0_z" in samples[0] else None
     return dict(elbo=None if kl is None else mean("logp_y") - kl, logp_y=mean("logp_y"), kl=kl,
-                z_len=mean("z_len"), finished=mean("finished"),
+                reward=mean("reward"), z_len=mean("z_len"), finished=mean("finished"),
+                reward_std=float(np.mean([np.std([s["reward"] for s in q]) for q in questions])),
                 entropy=-mean("logp_z") / (mean("actions") or 1))  # a token's, by these samples
 
-# ------------------------------------------------------------------------------ 8. evaluation
-
+# ------------------------------------------------------------------------------ 5. evaluation
 @torch.no_grad()
 def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Args,
              k: int = 2) -> list[dict]:
     """A record a question, the same however the work is split over processes.
 
-    text, said, right: the greedy reply; samples: k >= 2 replies at --temperature, scored like those
-    of training. A reply is right where z ends within L and is followed by the gold answer."""
+    text, said, right: the greedy reply; samples: k >= 2 replies at --temperature, scored as in
+    training. A reply is right where z ends within L and the gold answer follows."""
     room = max(len(e.answer) for e in examples) + 4
     size = max(1, args.questions * args.K // world_size() // k)  # as many sequences as in a rollout
     mine, done = share([*enumerate(examples)]), []
@@ -440,8 +400,7 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
                                  samples=[row | reply(e, r) for row, r in zip(rows, group)]))
     return gather(done)
 
-# ------------------------------------------------------------------------------ 9. out/
-
+# ------------------------------------------------------------------------------ 6. out/
 def write(path: Path, text: str) -> None:
     """Replaces a file as a whole or not at all."""
     fresh = path.with_name(path.name + ".new")
@@ -478,18 +437,18 @@ def open_run(args: Args) -> None:
 
 def save(args: Args, policy, optimizer, tokenizer, step: int) -> None:
     """The state, then the model, each whole before it gets its name; older states go last."""
-    states, fresh = Path(args.out, "state"), Path(args.out, "state", "incomplete")
+    kept, fresh = Path(args.out, "state"), Path(args.out, "state", "incomplete")
     if is_first():
         shutil.rmtree(fresh, ignore_errors=True)
     dist.barrier()
-    model, moments = get_state_dict(policy, optimizer)
+    model, moments = states.get_state_dict(policy, optimizer)
     dcp.save(dict(model=model, optimizer=moments), checkpoint_id=fresh)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    whole = get_model_state_dict(policy, options=options)
+    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = states.get_model_state_dict(policy, options=options)
     if is_first():
-        os.replace(fresh, states / f"step-{step:06d}")
+        os.replace(fresh, kept / f"step-{step:06d}")
         export(args, policy, whole, tokenizer)
-        for old in sorted(states.glob("step-*"))[:-1]:
+        for old in sorted(kept.glob("step-*"))[:-1]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -508,26 +467,25 @@ def export(args: Args, policy, weights: dict[str, Tensor], tokenizer) -> None:
 
 def restore(args: Args, policy, optimizer) -> int:
     """Loads the last complete state, cuts the logs back to it; returns its step, 0 without one."""
-    states = sorted(Path(args.out, "state").glob("step-*"))
-    step = int(states[-1].name.removeprefix("step-")) if states else -1
-    if states:
-        model, moments = get_state_dict(policy, optimizer)
-        dcp.load(dict(model=model, optimizer=moments), checkpoint_id=states[-1])
-        set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
+    kept = sorted(Path(args.out, "state").glob("step-*"))
+    step = int(kept[-1].name.removeprefix("step-")) if kept else -1
+    if kept:
+        model, moments = states.get_state_dict(policy, optimizer)
+        dcp.load(dict(model=model, optimizer=moments), checkpoint_id=kept[-1])
+        states.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
     for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl") if is_first() else ():
-        kept = [r for r in read_log(args, name) if r["step"] <= step]
-        write(Path(args.out, name), "".join(json.dumps(r) + "\n" for r in kept))
+        rows = [json.dumps(r) + "\n" for r in read_log(args, name) if r["step"] <= step]
+        write(Path(args.out, name), "".join(rows))
     return max(step, 0)
 
-# ------------------------------------------------------------------------------ 10. training
-
+# ------------------------------------------------------------------------------ 7. training
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+    seconds[phase] += time.perf_counter() - start
 
 def draw_batch(examples: list[Example], step: int, args: Args) -> tuple[list[int], list[Example]]:
     """This process's slots of an update, and their questions; every epoch has its own order."""
@@ -541,25 +499,32 @@ def update(policy, optimizer, step: int, args: Args) -> tuple[float, float]:
     norm = nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not math.isfinite(norm):
-        raise Problem(f"update {step + 1}: the gradient is {norm}; the last checkpoint in {args.out}"
-                      " is untouched; try a lower --lr, a higher --beta, or another --seed")
-    rise = (step + 1) / (args.warmup + 1)
-    lr = args.lr * min(1.0, rise, (args.steps - step) / max(1, args.steps - args.warmup))
+        raise Problem(f"update {step + 1}: the gradient is {norm}; {args.out} keeps its last state;"
+                      " try a lower --lr, a higher --beta, or another --seed")
+    left, fall = args.steps - step, max(1, args.steps - args.warmup)
+    lr = args.lr * min(1.0, (step + 1) / (args.warmup + 1), left / fall)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return norm, lr
 
-def prepare(args: Args) -> tuple[Codec, list[Example], list[Example]]:
-    """Codec, training and held-out questions: checks all that needs no weights."""
+def read_model(args: Args) -> tuple:
+    """Configuration and tokenizer; refuses what is not there, or would get wrong log-probs here."""
     try:
         config = AutoConfig.from_pretrained(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as e:
         raise Problem(f"--model {args.model}: no model directory here, nor to be had from the hub"
                       f" ({brief(e)}); pass a directory in Hugging Face's format") from e
-    supported(config)
+    if odd := kernels.unsupported(config):
+        raise Problem(f"--model {args.model}: {config.model_type} has {', '.join(odd)}, which is"
+                      " not supported; take a Llama, Mistral, Qwen or Phi-3 model")
+    return config, tokenizer
+
+def prepare(args: Args) -> tuple[Codec, list[Example], list[Example]]:
+    """Codec, training and held-out questions: checks all that needs no weights."""
+    config, tokenizer = read_model(args)
     try:
         eos = transformers.GenerationConfig.from_pretrained(args.model).eos_token_id
     except OSError:
@@ -585,13 +550,13 @@ def train(args: Args) -> None:
     device, stopping = connect(), []
     for number in (signal.SIGTERM, signal.SIGINT):  # once: finish the update; twice: leave at once
         signal.signal(number, lambda n, _: (stopping.append(n), signal.signal(n, signal.SIG_DFL)))
+    kernels.use(args.kernels)
     codec, questions, held_out = prepare(args)
     open_run(args)
     args.steps = args.steps or math.ceil(args.epochs * len(questions) / args.questions)
     policy, reference = load(args, device, torch.float32), None
-    if args.objective == "latro" and args.beta > 0:
-        same = torch.bfloat16 if device.type == "cuda" else torch.float32  # as the policy computes
-        reference = load(args, device, same).requires_grad_(False)
+    if args.objective == "latro" and args.beta > 0:  # in the dtype that the policy computes in
+        reference = load(args, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     start, epoch = restore(args, policy, optimizer), args.questions / len(questions)
     say(f"{args.steps} updates of {args.questions} questions = {args.steps * epoch:.3g} epochs")
@@ -599,11 +564,13 @@ def train(args: Args) -> None:
         look(0, policy, reference, codec, held_out, args)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=not is_first())
     for step in bar:
-        seconds, rows = {}, []
+        seconds, rows = dict.fromkeys(("sample", "score", "backward", "step"), 0.0), []
         slots, batch = draw_batch(questions, step, args)
-        with timed(seconds, "sample"), gathered(policy):
-            groups = ([[gold_rationale(codec, e)] for e in batch] if args.objective == "sft" else
-                      rollout(policy, codec, batch, slots, step + 1, args, args.K))
+        if args.objective == "sft":
+            groups = [[gold_rationale(codec, e.z, e.answer)] for e in batch]
+        else:
+            with timed(seconds, "sample"), gathered(policy):
+                groups = rollout(policy, codec, batch, slots, step + 1, args, args.K)
         for i in range(0, len(batch), args.micro):
             x, z = batch[i:i + args.micro], groups[i:i + args.micro]
             with timed(seconds, "score"):
@@ -613,12 +580,13 @@ def train(args: Args) -> None:
             rows += records(z, s)
         with timed(seconds, "step"):
             norm, lr = update(policy, optimizer, step, args)
-        step += 1
-        row = measure(gather(rows), seconds) | dict(grad_norm=norm, lr=lr)
-        log(args, "metrics.jsonl", dict(step=step, epoch=step * epoch, **row))
-        texts = [dict(text=codec.text(r.actions), **known) for r, known in zip(groups[0], rows[0])]
-        log(args, "samples.jsonl", dict(step=step, split="train", question=batch[0].ask, samples=texts))
-        bar.set_postfix({k: f"{row[k]:.2f}" for k in ("elbo", "logp_y", "kl", "z_len") if row[k] is not None})
+        step, texts = step + 1, [dict(text=codec.text(r.actions)) for r in groups[0]]
+        log(args, "samples.jsonl", dict(step=step, split="train", question=batch[0].ask,
+                                        z=[t | row for t, row in zip(texts, rows[0])]))
+        rows = gather(rows)
+        log(args, "metrics.jsonl", dict(step=step, epoch=step * epoch, **(row := summary(rows)),
+                                        grad_norm=norm, lr=lr, **speed(rows, seconds)))
+        bar.set_postfix({name: f"{row[k]:.2f}" for k, name in SHOWN if row[k] is not None})
         stop, last = any(gather([bool(stopping)])), step == args.steps
         if last or args.eval_every and step % args.eval_every == 0:
             look(step, policy, reference, codec, held_out, args)
@@ -631,63 +599,43 @@ def train(args: Args) -> None:
 def look(step: int, policy, reference, codec: Codec, held_out: list[Example], args: Args) -> None:
     """Logs how the policy does on the held-out questions."""
     done = evaluate(policy, reference, codec, held_out, args)
-    right = dict(greedy=float(np.mean([r["right"] for r in done])),
-                 sampled=float(np.mean([s["right"] for r in done for s in r["samples"]])))
-    log(args, "evals.jsonl", dict(step=step, split="held-out", n=len(done), **right,
-                                  **summary([r["samples"] for r in done])))
+    greedy, sampled = (float(np.mean([r["right"] for r in of])) for of in (
+        done, [s for r in done for s in r["samples"]]))
+    log(args, "evals.jsonl", dict(step=step, split="held-out", n=len(done), greedy=greedy,
+                                  sampled=sampled, **summary([r["samples"] for r in done])))
     log(args, "samples.jsonl", dict(step=step, split="held-out", questions=done[:3]))
 
-def measure(rows: list[list[dict]], seconds: dict[str, float]) -> dict:
-    """A row of metrics.jsonl from the rationales of all processes."""
-    reward = np.array([[r["reward"] for r in group] for group in rows])
+def speed(rows: list[list[dict]], seconds: dict[str, float]) -> dict:
+    """What an update cost: seconds by phase, scored tokens a second, GB at the peak so far."""
     tokens = sum(r["actions"] + r["answers"] for group in rows for r in group)
     memory = (torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available()
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
-    return summary(rows) | dict(reward=reward.mean(), reward_std=reward.std(1).mean(), seconds=seconds,
-                                tokens_per_s=tokens / sum(seconds.values()), peak_mem_gb=memory)
+    return dict(seconds=seconds, tokens_per_s=tokens / sum(seconds.values()), peak_mem_gb=memory)
 
-def say(text: str) -> None:
-    if is_first():
-        print(text, flush=True)
+SHOWN = ("elbo", "ELBO"), ("logp_y", "log p(y|x+z)"), ("kl", "KL"), ("z_len", "length")
 
 def report(args: Args) -> None:
     """Before and after, on the held-out questions."""
     rows = [read_log(args, "evals.jsonl")[i] for i in (0, -1)]
     looks = [r["questions"] for r in read_log(args, "samples.jsonl") if r["split"] == "held-out"]
     say(f"\n{rows[0]['n']:4} held-out questions     before   after")
-    for key, name in dict(greedy="greedy accuracy", sampled="accuracy of a sample", elbo="ELBO, nats",
-                          logp_y="log p(y|x+z), nats", z_len="length of z, tokens").items():
-        say(f"{name:24}" + "".join(f"{'-' if r[key] is None else round(r[key], 3):>8}" for r in rows))
+    for key, name in (("greedy", "greedy accuracy"), ("sampled", "accuracy of a sample"), *SHOWN):
+        say(f"{name:24}" + "".join(f"{round(r[key] or 0, 3):>8}" for r in rows))
     for before, after in zip(looks[0], looks[-1]):
         say(f"\n{before['question']}  [{before['gold']}]")
         say(f"  before: {before['text']}\n  after:  {after['text']}")
-
-def plan(args: Args) -> None:
-    """Prints what a GPU must hold, in GB, from the shapes alone; prompts are taken as 256 tokens."""
-    config = AutoConfig.from_pretrained(args.model)
-    supported(config)
-    with torch.device("meta"):
-        n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    D, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or D // heads
-    tree, rows = 256 + args.K * args.L, args.questions // world_size() * args.K
-    kv = rows * (256 + args.L) * layers * 2 * config.num_key_value_heads * head * 2
-    kept = args.micro * tree * D * 2 * (layers if args.checkpointing else 16 * layers)
-    logits = 3 * 4 * min(kernels.reference.CHUNK, args.micro * tree * config.vocab_size)
-    say(f"{args.model}: {n / 1e9:.2f} B parameters; {rows} rationales of {args.L} tokens a GPU, GB:\n"
-        f"{'GPUs':>6}{'weights, Adam, gradient, reference':>38}{'rollout':>12}{'update':>12}")
-    for W in (1, 2, 4, 8, 16, 32):
-        held = [18 * n / W, 14 * n / W + 2 * n + kv, 18 * n / W + kept + logits]
-        say(f"{W:6}{held[0] / 1e9:38.1f}{held[1] / 1e9:12.1f}{held[2] / 1e9:12.1f}")
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 after one line on stderr."""
     try:
         args = parse(argv)
-        plan(args) if args.plan else train(args)
+        if args.plan:
+            say(kernels.memory_table(read_model(args)[0], args, args.questions // world_size()))
+        else:
+            train(args)
         return 0
     except Problem as e:
-        why = str(e) if is_first() else None
+        why = e if is_first() else None
     except torch.OutOfMemoryError as e:
         why = f"out of GPU memory: lower --micro, --K, --L or --questions ({brief(e)})"
     except OSError as e:

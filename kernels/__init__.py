@@ -8,9 +8,11 @@ from functools import wraps
 from types import ModuleType
 
 from . import reference
+from .attention import unsupported
+from .memory import memory_table
 from .reference import Scores, span_sums
 from .sampler import sample
-from .tree import Rationale, Tree, plant
+from .tree import Rationale, Tree, conclude, gold_rationale, plant
 
 BACKENDS: dict[str, ModuleType] = {"torch": reference}
 chosen = reference
@@ -22,7 +24,7 @@ def use(name: str) -> None:
     Raises ValueError for one that does not."""
     global chosen
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{name}: these kernels do not run here; there is auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"{name}: no such kernels here; there is auto, {', '.join(BACKENDS)}")
     chosen = list(BACKENDS.values())[-1] if name == "auto" else BACKENDS[name]
 
 

@@ -4,7 +4,7 @@ token_logprobs    log softmax(h W^T / temperature)[target], a chunk of tokens at
 pick_tokens       a token from each row's distribution
 score_rationales  sums, reward, leave-one-out advantage and per-token weights of packed rationales
 
-All log-probabilities are in nats. T scored tokens, N rationales in groups of K, V vocabulary, D width.
+Log-probabilities are in nats. T scored tokens, N rationales in groups of K, V vocabulary, D width.
 """
 
 import math
@@ -28,12 +28,13 @@ class Scores(NamedTuple):
     weights: Tensor  # (T,): the gradient of the objective is that of (weights * logp).sum()
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(hidden @ weight.T / temperature)[targets]: (T, D), (V, D), (T,) int64 -> (T,) float32.
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor,
+                   temperature: float = 1.0) -> Tensor:
+    """log softmax(hidden @ weight.T / temperature)[targets], as (T,) float32.
 
-    Differentiable in hidden and weight. A target of -100 gives 0 and no gradient. Logits are formed in
-    float32 (float64 stays float64) and recomputed in the backward pass, never held as [T, V].
-    """
+    hidden (T, D) and weight (V, D), differentiable in both; targets (T,) int64, where -100 gives 0
+    and no gradient. Logits are formed in float32 (float64 stays float64), a chunk at a time, and
+    again in the backward pass: never held as [T, V]."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     W = weight.to(wide)
 
@@ -59,10 +60,10 @@ def span_sums(logp: Tensor, z_start: Tensor, y_start: Tensor, end: Tensor) -> tu
 
 
 def pick_tokens(logits: Tensor, uniform: Tensor | None, temperature: float) -> Tensor:
-    """The token on which `uniform` (rows,) in [0, 1) falls in each row's distribution: (rows, V) -> (rows,).
+    """The token on which `uniform` (rows,) in [0, 1) falls in each row's distribution; None: the likeliest.
 
-    None picks the likeliest. The inverse of the distribution function, in float64: what a row draws
-    hangs on its own number alone, not on the rows beside it."""
+    logits (rows, V) -> (rows,). The inverse of the distribution function, in float64: what a row
+    draws hangs on its own number alone, not on the rows beside it."""
     if uniform is None:
         return logits.argmax(-1)
     cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
@@ -70,19 +71,19 @@ def pick_tokens(logits: Tensor, uniform: Tensor | None, temperature: float) -> T
 
 
 @torch.no_grad()
-def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_start: Tensor, end: Tensor,
-                     K: int, beta: float, *, bound: str = "elbo", reward: str = "logp",
-                     answer_weight: float = 1.0, penalty: Tensor | float = 0.0,
-                     total: int | None = None) -> Scores:
+def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_start: Tensor,
+                     end: Tensor, K: int, beta: float, *, bound: str = "elbo",
+                     reward: str = "logp", answer_weight: float = 1.0,
+                     penalty: Tensor | float = 0.0, total: int | None = None) -> Scores:
     """Rewards, advantages and token weights of N rationales packed one after the other.
 
     logp, logp0 (T,): log-probs of policy and reference (None: no KL term). Rationale n owns the tokens
-    z_start[n] : y_start[n] (z) and y_start[n] : end[n] (y); z_start[n + 1] = end[n]; z may be empty.
+    z_start[n] : y_start[n] (z) and y_start[n] : end[n] (y); z_start[n + 1] = end[n]; no z is fine.
     Neighbouring groups of K answer the same question. `penalty` (N,) nats is taken off the reward.
     `total` is the number of rationales to average over (default N).
 
     elbo  r = log pi(y|x+z) - beta log(pi(z)/pi_0(z)) - penalty, or pi(y|x+z) in place of its log
-          (reward="prob", arXiv 2505.21493); A_k = r_k - mean of the other r; eq. 4 of arXiv 2411.04282
+          (reward="prob", arXiv 2505.21493); A_k = r_k - mean of the other r (arXiv 2411.04282, eq. 4)
     iwae  L = log mean_k exp r_k; A_k = L - L without k; arXiv 2503.19618. A question's share of the
           gradient goes to rationale k by s = softmax(r); beta s_k is left of the KL's own gradient.
     Raises ValueError for K < 2: a single rationale has no baseline.
@@ -98,7 +99,8 @@ def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_star
         A = (group - group.mean(1, keepdim=True)) * (K / (K - 1))
         on_z, on_y = A, (gain if reward == "prob" else torch.ones_like(gain)).view(-1, K)
     else:
-        others = group[:, None].expand(-1, K, K).masked_fill(torch.eye(K, device=r.device) > 0, -math.inf)
+        itself = torch.eye(K, dtype=torch.bool, device=r.device)
+        others = group[:, None].expand(-1, K, K).masked_fill(itself, -math.inf)
         A = group.logsumexp(1, keepdim=True) - math.log(K) - (others.logsumexp(2) - math.log(K - 1))
         share = group.softmax(1)
         on_z, on_y = K * (A - beta * share), K * share

@@ -11,7 +11,7 @@ import kernels
 
 
 class Cache:
-    """All that the layers ask of a cache when masks and positions are given. Its owner moves `length`."""
+    """All that the layers ask of a cache when masks and positions are given; its owner moves `length`."""
 
     def __init__(self, room: int):
         """`room`: tokens that will follow the first call's."""
@@ -19,7 +19,8 @@ class Cache:
 
     def update(self, k: Tensor, v: Tensor, layer: int, *_, **__) -> list[Tensor]:
         if layer not in self.kv:
-            self.kv[layer] = [t.new_empty(*t.shape[:2], t.shape[2] + self.room, t.shape[3]) for t in (k, v)]
+            self.kv[layer] = [t.new_empty(*t.shape[:2], t.shape[2] + self.room, t.shape[3])
+                              for t in (k, v)]
         end = self.length + k.shape[2]
         for buffer, t in zip(self.kv[layer], (k, v)):
             buffer[:, :, self.length:end] = t
@@ -41,8 +42,8 @@ class Decoder:
         length = torch.tensor([*map(len, prompts)], device=policy.device)
         self.P, device = max(map(len, prompts)), policy.device
         self.column = torch.arange(self.P + room, device=device)
-        ids = torch.tensor([[0] * (self.P - len(p)) + p for p in prompts], device=device)  # left-padded
-        real = self.column >= self.P - length[:, None]
+        ids = torch.tensor([[0] * (self.P - len(p)) + p for p in prompts], device=device)
+        real = self.column >= self.P - length[:, None]  # prompts are padded on the left
         position = (self.column[:self.P] - self.P + length[:, None]).clamp(min=0)
         itself = torch.eye(self.P, dtype=torch.bool, device=device)[None, None]  # what a pad sees
         mask = tree_mask(position, 0 * position, self.reach) & real[:, None, None, :self.P] | itself
@@ -51,8 +52,8 @@ class Decoder:
         self.select(torch.arange(K * len(prompts), device=device) // K)
 
     def forward(self, ids: Tensor, position: Tensor, mask: Tensor) -> None:
-        out = self.policy(ids, position_ids=position, attention_mask=mask, past_key_values=self.cache,
-                          use_cache=True, logits_to_keep=1)
+        out = self.policy(ids, position_ids=position, attention_mask=mask,
+                          past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache.length += ids.shape[1]
         self.logits = out.logits[:, -1].float()
 
@@ -71,12 +72,14 @@ class Decoder:
 
 @torch.no_grad()
 def sample(policy, prompts: list[list[int]], stops: list[list[int]], eos: list[int], K: int, L: int,
-           uniform: Tensor | None, temperature: float = 1.0, room: int = 0) -> list[tuple[list[int], int, int]]:
+           uniform: Tensor | None, temperature: float = 1.0,
+           room: int = 0) -> list[tuple[list[int], int, int]]:
     """K continuations of each of B prompts, driven by uniform (B K, L + room); None: greedy.
 
-    z ends with one of `stops` (token ids), at one of `eos`, or after L tokens. With room, a z that L did not cut goes on to
-    its answer, until EOS or for `room` tokens past L. Returns for each: the ids, the number of them
-    up to the end of z, and what ended it: a stop of so many tokens, 0 for L, -1 for EOS."""
+    z ends with one of `stops` (token ids), at one of `eos`, or after L tokens. With room, a z that L
+    did not cut goes on to its answer, until EOS or for `room` tokens past L. Returns for each: the
+    ids, how many of them there are up to the end of z, what ended it included, and what that was: a
+    stop of so many tokens, 0 for L, -1 for EOS."""
     N, device = K * len(prompts), policy.device
     uniform = None if uniform is None else uniform.to(device)
     decoder = Decoder(policy, prompts, K, L + room)
