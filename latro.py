@@ -7,11 +7,9 @@ each of them is the reward. No reward model, no verifier, no gold rationales.
     torchrun --nproc_per_node 8 latro.py --model meta-llama/Llama-3.1-8B   the paper's GSM8K run
 
 Objective (eq. 3), with pi_0 the policy before training:
-
     J = E_{z ~ pi(.|x)}[ log pi(y|x+z) ] - beta KL( pi(z|x) || pi_0(z|x) )
 
 Gradient (eq. 4), estimated from K rationales for each of B questions, N = B K:
-
     1/N sum  A grad log pi(z|x) + grad log pi(y|x+z)        A_k = r_k - mean of the other r
     r = log pi(y|x+z) - beta log( pi(z|x) / pi_0(z|x) )
 
@@ -50,6 +48,9 @@ HERE = Path(__file__).resolve().parent
 class Problem(Exception):
     """Bad input, or a run that cannot go on: one sentence that names the value and the way out."""
 
+def refuse(why: str):
+    raise Problem(f"{why}; see --help")
+
 # ------------------------------------------------------------------------------ 1. arguments
 def flag(default, help: str, choices=None, least=None):
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, min=least))
@@ -65,14 +66,14 @@ class Args:
     bound: str = flag("elbo", "iwae: the multi-sample bound", ("elbo", "iwae"))
     reward: str = flag("logp", "prob: reward pi(y|x+z) itself", ("logp", "prob"))
     credit: str = flag("answer", "y: the answer, or template and answer", ("answer", "full"))
-    K: int = flag(16, "rationales a question; at least 2", least=1)
+    K: int = flag(16, "rationales a question; a baseline needs 2", least=2)
     L: int = flag(500, "longest rationale, tokens", least=1)
     beta: float = flag(0.05, "weight of the KL to the starting policy; 0 loads none", least=0)
     temperature: float = flag(1.0, "of sampling z, and of pi(z|x) in the objective", least=1e-3)
     questions: int = flag(None, "questions an update, over all processes (3 each)", least=1)
     micro: int = flag(1, "questions a forward", least=1)
     steps: int = flag(None, "updates (or give --epochs)", least=1)
-    epochs: float = flag(None, "passes over the training questions (or give --steps)", least=0)
+    epochs: float = flag(6.0, "passes over the training questions (or give --steps)", least=0)
     lr: float = flag(5e-7, "peak learning rate of AdamW, falling linearly to 0", least=0)
     warmup: int = flag(0, "updates over which the learning rate rises", least=0)
     grad_clip: float = flag(1.0, "largest gradient norm", least=0)
@@ -90,10 +91,9 @@ class Args:
 
 PRESETS = {  # where a task differs from the paper's GSM8K run, which the defaults above are
     "toy": dict(model=str(HERE / "toy/model"), data=str(HERE / "toy"), L=48, lr=3e-4, steps=50,
-                questions=8, micro=8, eval_every=0, save_every=0, checkpointing=False),
-    "gsm8k": dict(data="openai/gsm8k", epochs=6.0),
+                epochs=None, questions=8, micro=8, eval_every=0, save_every=0, checkpointing=False),
+    "gsm8k": dict(data="openai/gsm8k"),
     "arc_challenge": dict(data="allenai/ai2_arc", beta=0.25, epochs=12.0),
-    "qa": dict(epochs=6.0),
 }
 
 def parse(argv: list[str] | None) -> Args:
@@ -104,9 +104,10 @@ def parse(argv: list[str] | None) -> Args:
                else dict(type=f.type, choices=f.metadata["choices"]))
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f.metadata["help"], **how)
+    parser.error = refuse
     given = vars(parser.parse_args(argv))
     task = given.get("task") or ("gsm8k" if "model" in given else "toy")
-    preset = dict(task=task, questions=3 * world_size()) | PRESETS[task]
+    preset = dict(task=task, questions=3 * world_size()) | PRESETS.get(task, {})
     if "steps" in given or "epochs" in given:
         preset |= dict(steps=None, epochs=None)
     saved = Path(given.get("out", Args.out), "latro.json")
@@ -129,8 +130,6 @@ def check(args: Args) -> Args:
         raise Problem(f"--task {args.task} needs --model and --data: hub ids or directories")
     if args.steps and args.epochs:
         raise Problem("--steps and --epochs both set the length: give one of them")
-    if args.K < 2:
-        raise Problem(f"--K {args.K}: the leave-one-out baseline needs at least 2 rationales")
     if args.bound == "iwae" and args.reward == "prob":
         raise Problem("--bound iwae averages probabilities already: use it with --reward logp")
     W = world_size()
@@ -415,8 +414,7 @@ def log(args: Args, name: str, row: dict) -> None:
 
 def read_log(args: Args, name: str) -> list[dict]:
     """The rows of a log; a last line that a kill tore does not count."""
-    path = Path(args.out, name)
-    return [json.loads(s) for s in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return [json.loads(s) for s in Path(args.out, name).read_text().split("\n")[:-1]]
 
 def open_run(args: Args) -> None:
     """Makes --out, unless it holds another run, and notes there what the run's numbers hang on."""
@@ -474,8 +472,8 @@ def restore(args: Args, policy, optimizer) -> int:
         dcp.load(dict(model=model, optimizer=moments), checkpoint_id=kept[-1])
         states.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
     for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl") if is_first() else ():
-        rows = [json.dumps(r) + "\n" for r in read_log(args, name) if r["step"] <= step]
-        write(Path(args.out, name), "".join(rows))
+        rows = [r for r in read_log(args, name) if r["step"] <= step] if kept else []
+        write(Path(args.out, name), "".join(json.dumps(r) + "\n" for r in rows))
     return max(step, 0)
 
 # ------------------------------------------------------------------------------ 7. training
@@ -551,6 +549,7 @@ def train(args: Args) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # once: finish the update; twice: leave at once
         signal.signal(number, lambda n, _: (stopping.append(n), signal.signal(n, signal.SIG_DFL)))
     kernels.use(args.kernels)
+    transformers.logging.disable_progress_bar()
     codec, questions, held_out = prepare(args)
     open_run(args)
     args.steps = args.steps or math.ceil(args.epochs * len(questions) / args.questions)
@@ -593,7 +592,7 @@ def train(args: Args) -> None:
         if last or stop or args.save_every and step % args.save_every == 0:
             save(args, policy, optimizer, codec.tokenizer, step)
         if stop and not last:
-            return say(f"stopped after update {step}; go on with --resume --out {args.out}")
+            return say(f"stopped after update {step}: go on with --resume --out {args.out}")
     report(args)
 
 def look(step: int, policy, reference, codec: Codec, held_out: list[Example], args: Args) -> None:

@@ -1,6 +1,7 @@
 """Draws a run: how its bound, accuracy and rationale length move over the questions seen.
 
-    python latro.py --eval-every 5 --out runs/figure && python assets/plot.py runs/figure assets/toy.png
+    python latro.py --eval-every 5 --out runs/figure
+    python assets/plot.py runs/figure assets/toy.png
 """
 
 import json
@@ -28,7 +29,7 @@ def draw(run: Path, png: Path) -> None:
     figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 3.1), layout="constrained")
     for axis, (unit, lines) in zip(axes, PANELS):
         for (key, label), color in zip(lines, COLORS):
-            axis.plot(seen, [r[key] for r in rows], color=color, marker="o", markersize=3, label=label)
+            axis.plot(seen, [r[key] for r in rows], ".-", color=color, label=label)
         axis.set(xlabel="questions seen", ylabel=unit)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

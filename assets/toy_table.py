@@ -1,12 +1,13 @@
 """The evidence on the toy: every arm trained, and evaluated with greedy decoding and 8 samples.
 
-    python assets/toy_table.py                       train what is missing, then print the table
-    python assets/toy_table.py --split validation    the same arms on validation: what choices hang on
+    python toy/make.py --seed 1 --out runs/second    the second base, from another pretraining seed
+    python assets/toy_table.py                       train what is missing, print the table
+    python assets/toy_table.py --split validation    the same on validation, which choices hang on
     python assets/toy_table.py --arms latro sft      some arms only
 
-An arm is latro.py with some flags, or with its credit broken on purpose (the controls). Runs lie in
---runs and are kept; a row is added to assets/toy_table.jsonl when an arm has been evaluated, and is
-not made again. --jobs runs at a time, one thread each.
+An arm is latro.py with some flags, or with its credit broken on purpose (the controls). Runs are
+kept in --runs. An evaluated arm adds a row to assets/toy_table.jsonl and is not made again. --jobs
+runs go on at a time, one thread each.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -62,55 +65,58 @@ def majority(answers: list[str]) -> str:
     return Counter(given).most_common(1)[0][0] if given else ""
 
 
-def evaluation(model: str, split: str, questions: int, k: int) -> dict:
-    """Accuracies and log-probs of a model directory on a split."""
-    args = latro.parse(["--eval-questions", str(questions), "--questions", "32", "--out", "unused"])
-    reference_of = second_base() if "second" in model else args.model
+def evaluation(model: str, base: str, split: str, questions: int, k: int = 8) -> dict:
+    """Accuracies, log-probs (nats) and lengths (tokens) of a model directory on a split."""
+    args = latro.parse(["--model", base, "--task", "toy", "--questions", "32"])
+    latro.connect()
     codec, _, _ = latro.prepare(args)
-    rows = latro.read_rows(args, split)[:questions]
-    examples = [codec.example(*row) for row in rows]
-    device = torch.device("cpu")
-    args.model, policy_name = reference_of, model
-    reference = latro.load(args, device, torch.float32)
-    args.model = policy_name
-    policy = latro.load(args, device, torch.float32)
+    examples = [codec.example(*row) for row in latro.read_rows(args, split)[:questions]]
+    reference = latro.load(args, torch.device("cpu"), torch.float32)
+    args.model = model
+    policy = latro.load(args, torch.device("cpu"), torch.float32)
     done = latro.evaluate(policy, reference, codec, examples, args, k)
-    direct = [[latro.gold_rationale(codec, e._replace(z=[]))] for e in examples]
-    with torch.no_grad():
-        direct = [sum(latro.score(policy, None, [e], [g], args)[0].tolist()) for e, g in zip(examples, direct)]
-    samples = [s for r in done for s in r["samples"]]
-    share = lambda right: sum(right) / len(right)
+
+    @torch.no_grad()
+    def log_prob_without_z(e: latro.Example) -> float:
+        direct = [[latro.gold_rationale(codec, [], e.answer)]]
+        return float(latro.score(policy, None, [e], direct, args)[0].sum())
+
+    def right(r: dict) -> bool:
+        return latro.same_answer(majority([s["said"] for s in r["samples"]]), r["gold"])
+
+    def share(values) -> float:
+        values = list(values)
+        return sum(values) / len(values)
+
     return dict(
-        n=len(done), greedy=share([r["right"] for r in done]), sampled=share([s["right"] for s in samples]),
-        maj=share([latro.same_answer(majority([s["said"] for s in r["samples"]]), r["gold"]) for r in done]),
-        logp_direct=share(direct), unique=share([len({s["text"] for s in r["samples"]}) / k for r in done]),
+        n=len(done), greedy=share(r["right"] for r in done), maj=share(map(right, done)),
+        sampled=share(s["right"] for r in done for s in r["samples"]),
+        unique=share(len({s["text"] for s in r["samples"]}) / k for r in done),
+        logp_direct=share(map(log_prob_without_z, examples)),
         **latro.summary([r["samples"] for r in done]))
 
 
-def second_base() -> str:
-    return os.environ.get("LATRO_SECOND_BASE", "runs/toy/second/model")
-
-
-def run_arm(name: str, seed: int, split: str, runs: Path, questions: int) -> None:
-    """Trains an arm unless it lies in `runs`, evaluates it, and adds its row."""
+def run_arm(name: str, seed: int, args: Namespace) -> None:
+    """Trains an arm unless it lies in --runs already, evaluates it, and adds its row."""
     torch.set_num_threads(1)
     _, flags, control = ARMS[name]
-    base = second_base() if name.startswith("second") else str(HERE.parent / "toy/model")
-    out, here = runs / f"{name.replace(' ', '_')}-{seed}", base
-    if flags is not None:
-        here = str(out)
+    base = args.second if name.startswith("second") else str(HERE.parent / "toy/model")
+    model = base if flags is None else str(args.runs / f"{name.replace(' ', '_')}-{seed}")
+    if not Path(model, "config.json").exists():
         if control:
             latro.score_rationales = broken_credit(control)
-        argv = ["--task", "toy", "--model", base, "--out", here, "--seed", str(seed), "--resume", *flags.split()]
-        if not (out / "model.safetensors").exists() and latro.main(argv):
+        given = ["--task", "toy", "--model", base, "--out", model, "--seed", str(seed)]
+        if latro.main(given + flags.split()):
             raise SystemExit(f"{name}, seed {seed}: training failed")
+    row = dict(arm=name, seed=seed, split=args.split)
     with open(ROWS, "a") as f:
-        f.write(json.dumps(dict(arm=name, seed=seed, split=split, **evaluation(here, split, questions, 8))) + "\n")
+        f.write(json.dumps(row | evaluation(model, base, args.split, args.questions)) + "\n")
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: the range over seeds where there are several."""
-    head = ["arm", "seeds", "greedy", "T = 1", "maj@8", "log p(y\\|x)", "log p(y\\|x+z)", "ELBO", "KL", "length"]
+    head = ["arm", "seeds", "greedy", "T = 1", "maj@8", "log p(y\\|x)", "log p(y\\|x+z)", "ELBO",
+            "KL", "length"]
     keys = ["greedy", "sampled", "maj", "logp_direct", "logp_y", "elbo", "kl", "z_len"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in ARMS:
@@ -118,8 +124,8 @@ def table(rows: list[dict]) -> str:
         cells = [name, str(len(of))]
         for key in keys:
             digits = 3 if key in ("greedy", "sampled", "maj") else 2
-            low, high = (f"{f(r[key] for r in of):.{digits}f}" for f in (min, max)) if of else ("-", "-")
-            cells.append(low if low == high else f"{low} to {high}")
+            ends = {f"{end(r[key] for r in of):.{digits}f}": 0 for end in (min, max) if of}
+            cells.append(" to ".join(ends) or "not run")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -130,11 +136,12 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--questions", type=int, default=1000, help="at most, of the split")
     parser.add_argument("--runs", type=Path, default=Path("runs/toy"))
+    parser.add_argument("--second", default="runs/second/model", help="the second base")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        return run_arm(args.one[0], int(args.one[1]), args.split, args.runs, args.questions)
+        return run_arm(args.one[0], int(args.one[1]), args)
     have = lambda: [json.loads(s) for s in ROWS.read_text().splitlines()] if ROWS.exists() else []
     made = {(r["arm"], r["seed"], r["split"]) for r in have()}
     todo = [(a, s) for a in args.arms for s in ARMS[a][0] if (a, s, args.split) not in made]
@@ -143,10 +150,13 @@ def main() -> None:
         while todo and len(jobs) < args.jobs:
             arm, seed = todo.pop(0)
             jobs.append(subprocess.Popen(
-                [sys.executable, __file__, "--one", arm, str(seed), "--split", args.split, "--runs", args.runs,
-                 "--questions", str(args.questions)], env=os.environ | {"OMP_NUM_THREADS": "1"}))
-        if jobs.pop(0).wait():
-            raise SystemExit("an arm failed; its message is above")
+                [sys.executable, __file__, *sys.argv[1:], "--one", arm, str(seed)],
+                env=os.environ | {"OMP_NUM_THREADS": "1"}))
+        time.sleep(1)
+        for job in [j for j in jobs if j.poll() is not None]:
+            jobs.remove(job)
+            if job.returncode:
+                raise SystemExit("an arm failed; its message is above")
     print(table([r for r in have() if r["split"] == args.split]))
 
 

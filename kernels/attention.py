@@ -1,7 +1,7 @@
 """Attention under any mask, and the masks of trees of rationales, for Hugging Face's layers.
 
 Importing this module registers the attention function as "latro"; a model uses it after
-`model.set_attn_implementation("latro")`. Masks are made here and pass through transformers unchanged.
+`model.set_attn_implementation("latro")`. Masks are made here and pass through transformers as is.
 """
 
 import math
@@ -15,8 +15,8 @@ from transformers import AttentionInterface
 def attention(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, **_):
     """softmax(scaling q k^T + mask) v, for any number of heads to a key: grouped-query attention.
 
-    q (B, heads, Q, d); k, v (B, groups, S, d); mask (B, 1, Q, S) bool, true where a query sees a key:
-    one that sees none would be NaN. Returns (B, Q, heads, d)."""
+    q (B, heads, Q, d); k, v (B, groups, S, d); mask (B, 1, Q, S) bool, true where a query sees a
+    key: one that sees none would be NaN. Returns (B, Q, heads, d)."""
     share = q.shape[1] // k.shape[1]
     if q.shape[2] == 1:  # decoding: heads that share keys become queries, and no key is copied
         o = F.scaled_dot_product_attention(

@@ -9,7 +9,7 @@ from .reference import CHUNK
 def memory_table(config, args, questions: int, x: int = 256) -> str:
     """GB (1e9 bytes) that each GPU holds, by phase, for several numbers of GPUs.
 
-    args: K, L, micro and checkpointing of latro.py; `questions`: a GPU's share of an update; x: tokens
+    args: K, L, micro, checkpointing of latro.py; `questions`: a GPU's share of an update; x: tokens
     of a prompt. Bytes a parameter, split over the GPUs: 4 master weight, 8 Adam, 4 gradient, 2
     reference; whole in a rollout: 2. Estimates: the activations, a checkpoint a layer or about 16
     hidden states a layer, and three logit chunks of the log-probs."""

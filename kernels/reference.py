@@ -60,14 +60,15 @@ def span_sums(logp: Tensor, z_start: Tensor, y_start: Tensor, end: Tensor) -> tu
 
 
 def pick_tokens(logits: Tensor, uniform: Tensor | None, temperature: float) -> Tensor:
-    """The token on which `uniform` (rows,) in [0, 1) falls in each row's distribution; None: the likeliest.
+    """The token on which `uniform` (rows,) in [0, 1) falls in its distribution; None: the top one.
 
     logits (rows, V) -> (rows,). The inverse of the distribution function, in float64: what a row
     draws hangs on its own number alone, not on the rows beside it."""
     if uniform is None:
         return logits.argmax(-1)
     cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)  # NaN would point past the vocabulary
 
 
 @torch.no_grad()
@@ -77,13 +78,13 @@ def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_star
                      penalty: Tensor | float = 0.0, total: int | None = None) -> Scores:
     """Rewards, advantages and token weights of N rationales packed one after the other.
 
-    logp, logp0 (T,): log-probs of policy and reference (None: no KL term). Rationale n owns the tokens
+    logp, logp0 (T,): log-probs of policy and reference (None: no KL term). Rationale n owns tokens
     z_start[n] : y_start[n] (z) and y_start[n] : end[n] (y); z_start[n + 1] = end[n]; no z is fine.
     Neighbouring groups of K answer the same question. `penalty` (N,) nats is taken off the reward.
     `total` is the number of rationales to average over (default N).
 
     elbo  r = log pi(y|x+z) - beta log(pi(z)/pi_0(z)) - penalty, or pi(y|x+z) in place of its log
-          (reward="prob", arXiv 2505.21493); A_k = r_k - mean of the other r (arXiv 2411.04282, eq. 4)
+          (reward="prob", arXiv 2505.21493); A_k = r_k - mean of the other r (eq. 4, 2411.04282)
     iwae  L = log mean_k exp r_k; A_k = L - L without k; arXiv 2503.19618. A question's share of the
           gradient goes to rationale k by s = softmax(r); beta s_k is left of the KL's own gradient.
     Raises ValueError for K < 2: a single rationale has no baseline.

@@ -11,7 +11,7 @@ import kernels
 
 
 class Cache:
-    """All that the layers ask of a cache when masks and positions are given; its owner moves `length`."""
+    """All that layers ask of a cache when masks and positions are given; `length` is the owner's."""
 
     def __init__(self, room: int):
         """`room`: tokens that will follow the first call's."""
@@ -76,10 +76,10 @@ def sample(policy, prompts: list[list[int]], stops: list[list[int]], eos: list[i
            room: int = 0) -> list[tuple[list[int], int, int]]:
     """K continuations of each of B prompts, driven by uniform (B K, L + room); None: greedy.
 
-    z ends with one of `stops` (token ids), at one of `eos`, or after L tokens. With room, a z that L
-    did not cut goes on to its answer, until EOS or for `room` tokens past L. Returns for each: the
-    ids, how many of them there are up to the end of z, what ended it included, and what that was: a
-    stop of so many tokens, 0 for L, -1 for EOS."""
+    z ends with one of `stops` (token ids), at one of `eos`, or after L tokens. With room, a z that
+    L did not cut goes on to its answer, until EOS or for `room` tokens past L. Returns for each its
+    ids, the number of those that are z and what ended it, and what did: a stop of so many tokens, 0
+    for L, -1 for EOS."""
     N, device = K * len(prompts), policy.device
     uniform = None if uniform is None else uniform.to(device)
     decoder = Decoder(policy, prompts, K, L + room)

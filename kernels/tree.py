@@ -7,8 +7,8 @@
 A token sees the trunk x and its own branch, backwards. So by causality one forward over the row
 gives every log pi(z_k|x) and log pi(y|x+z_k), the same as K forwards over x + z_k + y would.
 
-What counts as z and what as y: the policy ends z by writing the template ("The answer is") or EOS, or
-L cuts it. How z ended is an action like any other, in the score function and in the KL.
+What counts as z and what as y: the policy ends z by writing the template ("The answer is") or EOS,
+or L cuts it. How z ended is an action like any other, in the score function and in the KL.
 
     z ended by    actions       y
     template      z template    answer             --credit answer: stopping belongs to z
