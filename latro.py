@@ -37,13 +37,14 @@ from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as states
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import kernels
 from kernels import (Rationale, Scores, Tree, conclude, gold_rationale, plant, sample,
                      score_rationales, span_sums, token_logprobs)
 
 HERE = Path(__file__).resolve().parent
+AttentionInterface.register("latro", kernels.attention)
 
 class Problem(Exception):
     """Bad input, or a run that cannot go on: one sentence that names the value and the way out."""
@@ -132,8 +133,7 @@ def check(args: Args) -> Args:
         raise Problem("--steps and --epochs both set the length: give one of them")
     if args.bound == "iwae" and args.reward == "prob":
         raise Problem("--bound iwae averages probabilities already: use it with --reward logp")
-    W = world_size()
-    if args.questions % W or args.shard and W % args.shard:
+    if args.questions % (W := world_size()) or args.shard and W % args.shard:
         raise Problem(f"{W} processes: --questions {args.questions} must be a multiple of {W}, and"
                       f" --shard {args.shard} divide it")
     return args
@@ -328,7 +328,7 @@ def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
         if isinstance(m, nn.Dropout):
             m.p = 0.0  # what is sampled and what is scored must be one policy
     if args.checkpointing:
-        policy.gradient_checkpointing_enable()
+        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
     return distribute(policy, device, dtype, args.shard)
 
 def logprobs(self: nn.Module, tree: Tree) -> Tensor:
@@ -381,7 +381,7 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
 
     text, said, right: the greedy reply; samples: k >= 2 replies at --temperature, scored as in
     training. A reply is right where z ends within L and the gold answer follows."""
-    room = max(len(e.answer) for e in examples) + 4
+    room = max(len(e.answer) for e in examples) + len(codec.join)
     size = max(1, args.questions * args.K // world_size() // k)  # as many sequences as in a rollout
     mine, done = share([*enumerate(examples)]), []
 
@@ -536,7 +536,7 @@ def prepare(args: Args) -> tuple[Codec, list[Example], list[Example]]:
     if not (n := len(rows)):
         raise Problem(f"--data {args.data}: needs a train split of 2 rows or more")
     rows = rows + held_out[:args.eval_questions]
-    examples, most = [codec.example(*r) for r in rows], config.max_position_embeddings
+    examples, most = [codec.example(*r) for r in rows], kernels.context(config)
     for (where, _), e in zip(rows, examples):
         if len(e.x) + max(args.L, len(e.z)) + len(codec.join + e.answer) > most:
             raise Problem(f"{where}: {len(e.x)} tokens of prompt, --L {args.L} and an answer exceed"

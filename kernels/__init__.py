@@ -2,13 +2,16 @@
 
 `reference.py` defines them in plain torch and is what runs today, on CPU and on CUDA. A faster
 implementation is a module with some of the same names, listed in BACKENDS after it.
+
+Nothing here imports transformers at once: while it loads it looks for a hub client also called
+`kernels`, finds this package, and must get it whole to see that it is another.
 """
 
 from functools import wraps
 from types import ModuleType
 
 from . import reference
-from .attention import unsupported
+from .attention import attention, context, tree_mask, unsupported, window
 from .memory import memory_table
 from .reference import Scores, span_sums
 from .sampler import sample

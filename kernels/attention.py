@@ -1,7 +1,6 @@
-"""Attention under any mask, and the masks of trees of rationales, for Hugging Face's layers.
+"""Attention under any mask, the masks of trees of rationales, and the models these are right for.
 
-Importing this module registers the attention function as "latro"; a model uses it after
-`model.set_attn_implementation("latro")`. Masks are made here and pass through transformers as is.
+Masks are made here; transformers hands 4D masks to the attention function as they are.
 """
 
 import math
@@ -9,7 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # those that the tests cover
 
 
 def attention(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, **_):
@@ -26,12 +26,18 @@ def attention(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: fl
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling).transpose(1, 2), None
 
 
-AttentionInterface.register("latro", attention)
-
-
 def window(config) -> float:
     """Tokens that a layer looks back, its own included."""
-    return getattr(config, "sliding_window", None) or math.inf
+    full = "full_attention" in (getattr(config, "layer_types", None) or [])
+    return math.inf if full else getattr(config, "sliding_window", None) or math.inf
+
+
+def context(config) -> int:
+    """Positions for which a token's place in RoPE does not hang on how long its row is."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return config.max_position_embeddings
 
 
 def tree_mask(position: Tensor, branch: Tensor, reach: float) -> Tensor:
@@ -47,8 +53,9 @@ def tree_mask(position: Tensor, branch: Tensor, reach: float) -> Tensor:
 
 
 def unsupported(config) -> list[str]:
-    """What a model does to its logits or attention that is not done here; [] for a Llama."""
+    """What about a model is not known to be right here; [] where its log-probs will be exact."""
     odd = [k for k in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale",
                        "logits_scaling", "is_encoder_decoder") if getattr(config, k, None)]
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return odd + [f"layers of several kinds ({', '.join(sorted(kinds))})"] * (len(kinds) > 1)
+    kinds = sorted(set(getattr(config, "layer_types", None) or []))
+    odd += [f"layers of several kinds ({', '.join(kinds)})"] if len(kinds) > 1 else []
+    return odd + ([] if config.model_type in ARCHITECTURES else ["an untested architecture"])

@@ -1,7 +1,6 @@
 """What training a model holds in memory, from its shapes alone."""
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from .reference import CHUNK
 
@@ -13,6 +12,8 @@ def memory_table(config, args, questions: int, x: int = 256) -> str:
     of a prompt. Bytes a parameter, split over the GPUs: 4 master weight, 8 Adam, 4 gradient, 2
     reference; whole in a rollout: 2. Estimates: the activations, a checkpoint a layer or about 16
     hidden states a layer, and three logit chunks of the log-probs."""
+    from transformers import AutoModelForCausalLM
+
     K, L, micro = args.K, args.L, args.micro
     with torch.device("meta"):
         n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())

@@ -87,24 +87,37 @@ def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_star
           (reward="prob", arXiv 2505.21493); A_k = r_k - mean of the other r (eq. 4, 2411.04282)
     iwae  L = log mean_k exp r_k; A_k = L - L without k; arXiv 2503.19618. A question's share of the
           gradient goes to rationale k by s = softmax(r); beta s_k is left of the KL's own gradient.
+
     Raises ValueError for K < 2: a single rationale has no baseline.
     """
     if K < 2:
         raise ValueError(f"K = {K}: the leave-one-out baseline needs at least 2 rationales")
     logp_z, logp_y = span_sums(logp, z_start, y_start, end)
     logp0_z = None if logp0 is None else span_sums(logp0, z_start, y_start, end)[0]
+    beta, log_ratio = (0.0, 0.0) if logp0 is None else (beta, logp_z - logp0_z)
     gain = logp_y.exp() if reward == "prob" else logp_y
-    r = gain - penalty if logp0 is None else gain - beta * (logp_z - logp0_z) - penalty
-    group = r.view(-1, K)
-    if bound == "elbo":
-        A = (group - group.mean(1, keepdim=True)) * (K / (K - 1))
-        on_z, on_y = A, (gain if reward == "prob" else torch.ones_like(gain)).view(-1, K)
+    r = gain - beta * log_ratio - penalty
+    if bound == "iwae":
+        A, on_z, on_y = iwae_credit(r.view(-1, K), beta)
     else:
-        itself = torch.eye(K, dtype=torch.bool, device=r.device)
-        others = group[:, None].expand(-1, K, K).masked_fill(itself, -math.inf)
-        A = group.logsumexp(1, keepdim=True) - math.log(K) - (others.logsumexp(2) - math.log(K - 1))
-        share = group.softmax(1)
-        on_z, on_y = K * (A - beta * share), K * share
+        A, on_z, on_y = elbo_credit(r.view(-1, K), gain.view(-1, K) if reward == "prob" else 1.0)
     weights = torch.stack([on_z, answer_weight * on_y], -1).flatten() / (total or len(end))
     weights = weights.repeat_interleave(span_lengths(z_start, y_start, end), output_size=len(logp))
     return Scores(logp_z, logp0_z, logp_y, r, A.flatten(), weights)
+
+
+def elbo_credit(r: Tensor, slope: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """A and the weights of z and y, (B, K) each; `slope`: the reward's derivative by log pi(y)."""
+    K = r.shape[1]
+    A = (r - r.mean(1, keepdim=True)) * (K / (K - 1))
+    return A, A, slope * torch.ones_like(r)
+
+
+def iwae_credit(r: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for L = log mean_k exp r_k; the shares of a question sum to 1, not K: hence the K."""
+    K = r.shape[1]
+    r = r - r.amax(1, keepdim=True)  # only differences count: spend no digits on the rest
+    others = r[:, None].expand(-1, K, K).masked_fill(torch.eye(K, device=r.device) > 0, -math.inf)
+    A = r.logsumexp(1, keepdim=True) - math.log(K) - (others.logsumexp(2) - math.log(K - 1))
+    share = r.softmax(1)
+    return A, K * (A - beta * share), K * share

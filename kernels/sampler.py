@@ -11,7 +11,7 @@ import kernels
 
 
 class Cache:
-    """All that layers ask of a cache when masks and positions are given; `length` is the owner's."""
+    """All that layers want of a cache if masks and positions are given; the owner sets `length`."""
 
     def __init__(self, room: int):
         """`room`: tokens that will follow the first call's."""
