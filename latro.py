@@ -271,18 +271,18 @@ class Codec:
         reply = self.turns("a", "b")[len(self.turns("a")):] if self.chat else []
         self.turn_end = next((t for t in reply if t in eos), eos[0])
         self.lead = self.opening(TEMPLATE)  # the template as a reply's first words, and after a z
-        self.join = self.after(".", ("\n" if self.chat else " ") + TEMPLATE)
-        variants = {tuple(self.lead), tuple(self.join)} | {
-            tuple(self.after(end, gap + TEMPLATE)) for end in ".\n" for gap in ("", " ", "\n")}
-        self.stops = sorted(v for v in variants if not any(v != w == v[-len(w):] for w in variants))
+        self.join = self.after(".", " " + TEMPLATE)
+        if not self.lead or not self.join:
+            raise Problem(f"this tokenizer does not keep {TEMPLATE!r} apart from what precedes it")
+        found = [self.after(end, gap + TEMPLATE) for end in ".\n" for gap in ("", " ", "\n")]
+        ways = {(*v,) for v in found + [self.lead] if v and tokenizer.unk_token_id not in v}
+        self.stops = sorted(v for v in ways if not any(v != w == v[-len(w):] for w in ways))
 
     def after(self, before: str, text: str) -> list[int]:
-        """The ids of `text` behind `before`; refused where a token would span both."""
+        """The ids of `text` behind `before`; [] where a token would span both."""
         head, whole = (self.tokenizer(t, add_special_tokens=False)["input_ids"]
                        for t in (before, before + text))
-        if whole[:len(head)] != head:
-            raise Problem(f"this tokenizer merges {before!r} and {text!r}: z and y would share it")
-        return whole[len(head):]
+        return whole[len(head):] if whole[:len(head)] == head else []
 
     def opening(self, text: str) -> list[int]:
         """The ids of `text` at the start of a reply."""

@@ -114,7 +114,7 @@ def elbo_credit(r: Tensor, slope: Tensor | float) -> tuple[Tensor, Tensor, Tenso
 
 
 def iwae_credit(r: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for L = log mean_k exp r_k; the shares of a question sum to 1, not K: hence the K."""
+    """The same for L = log mean_k exp r_k; the shares of a question sum to 1, hence the K."""
     K = r.shape[1]
     r = r - r.amax(1, keepdim=True)  # only differences count: spend no digits on the rest
     others = r[:, None].expand(-1, K, K).masked_fill(torch.eye(K, device=r.device) > 0, -math.inf)
