@@ -22,7 +22,7 @@ logp_z, logp0_z, logp_y  log pi(z|x), log pi_0(z|x), log pi(y|x+z): sums over to
 r, A                     reward and leave-one-out advantage of a rationale, nats
 """
 
-import argparse, dataclasses, json, math, os, re, resource, shutil, signal, subprocess, sys, time
+import argparse, copy, dataclasses, json, math, os, re, resource, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -244,7 +244,7 @@ def read_rows(args: Args, split: str) -> list[tuple[str, dict]]:
                           f" ({brief(e)}); pass a directory with train.jsonl and test.jsonl") from e
         return [(f"{args.data} {split} {i}", row) for i, row in enumerate(hub.get(split, []))]
     path, rows = Path(args.data, f"{split}.jsonl"), []
-    for i, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], 1):
+    for i, line in enumerate(path.open(encoding="utf-8") if path.exists() else [], 1):
         try:
             rows.append((f"{path}:{i}", json.loads(line)))
         except json.JSONDecodeError as e:
@@ -454,7 +454,7 @@ def export(args: Args, policy, weights: dict[str, Tensor], tokenizer) -> None:
     """The model in the base's own dtype, as one file: one rename makes it the current one."""
     dtype, fresh = policy.config.dtype, Path(args.out, "state", "export")
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(policy.config, dtype=dtype)
+        shell = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config), dtype=dtype)
     shell.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
     shell.tie_weights()
     shell.generation_config = policy.generation_config

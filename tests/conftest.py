@@ -59,13 +59,12 @@ def signals():
         signal.signal(number, handler)
 
 
-def launch(*flags, processes=1, script=ROOT / "latro.py", threads=1, **options):
+def launch(*flags, processes=1, script=ROOT / "latro.py", **options):
     """A script as a user starts it: plain python, or torchrun on a free port."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), script, *flags]
     options = dict(capture_output=True, text=True) | options
-    return subprocess.run([*map(str, command)], timeout=1800,
-                          env=os.environ | {"OMP_NUM_THREADS": str(threads)}, **options)
+    return subprocess.run([*map(str, command)], timeout=3600, **options)
 
 
 def start(*flags, out, stop=None):

@@ -15,7 +15,8 @@ import latro
 from conftest import ROOT, TOY
 
 DATA = ROOT.parent / "shared" / "data"  # the two data sets, where the repository has them beside it
-FILES = [(task, split) for task in ("gsm8k", "arc_challenge") for split in ("train", "test")]
+FILES = [("gsm8k", "train", 7473), ("gsm8k", "test", 1319), ("arc_challenge", "train", 1119),
+         ("arc_challenge", "test", 1172)]
 
 
 # ---- grading
@@ -49,16 +50,14 @@ def test_answer_in(reply, said):
 
 # ---- real rows
 
-def read(task, split):
-    path = DATA / task / f"{split}.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-
-
-@pytest.mark.parametrize("task, split", FILES)
-def test_real_rows(task, split):
-    for row in read(task, split):
+@pytest.mark.parametrize("task, split, count", FILES)
+def test_real_rows(task, split, count):
+    if not (DATA / task / f"{split}.jsonl").exists():
+        pytest.skip(f"{DATA / task} is not there")
+    args = latro.parse(["--model", str(TOY), "--task", task, "--data", str(DATA / task)])
+    read = latro.read_rows(args, split)
+    assert len(read) == count
+    for _, row in read:
         ask, gold, rationale = (text.strip() for text in latro.TASKS[task](row))
         assert row["question"].strip() in ask and ask.endswith("Let's think step by step.") and gold
         assert latro.same_answer(f" {gold}.", gold)
