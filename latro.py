@@ -8,7 +8,6 @@ each of them is the reward. No reward model, no verifier, no gold rationales.
 
 Objective (eq. 3), with pi_0 the policy before training:
     J = E_{z ~ pi(.|x)}[ log pi(y|x+z) ] - beta KL( pi(z|x) || pi_0(z|x) )
-
 Gradient (eq. 4), estimated from K rationales for each of B questions, N = B K:
     1/N sum  A grad log pi(z|x) + grad log pi(y|x+z)        A_k = r_k - mean of the other r
     r = log pi(y|x+z) - beta log( pi(z|x) / pi_0(z|x) )
@@ -22,10 +21,11 @@ logp_z, logp0_z, logp_y  log pi(z|x), log pi_0(z|x), log pi(y|x+z): sums over to
 r, A                     reward and leave-one-out advantage of a rationale, nats
 """
 
-import argparse, copy, dataclasses, json, math, os, re, resource, shutil, signal, subprocess, sys, time
+import argparse, copy, dataclasses, json, math, os, re, resource, shutil, signal, subprocess, sys
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from time import perf_counter
 from typing import Iterator, NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ from kernels import (Rationale, Scores, Tree, conclude, gold_rationale, plant, s
 
 HERE = Path(__file__).resolve().parent
 AttentionInterface.register("latro", kernels.attention)
+transformers.logging.disable_progress_bar()
 
 class Problem(Exception):
     """Bad input, or a run that cannot go on: one sentence that names the value and the way out."""
@@ -272,7 +273,7 @@ class Codec:
         self.turn_end = next((t for t in reply if t in eos), eos[0])
         self.lead = self.opening(TEMPLATE)  # the template as a reply's first words, and after a z
         self.join = self.after(".", " " + TEMPLATE)
-        if not self.lead or not self.join:
+        if not (self.lead and self.join):
             raise Problem(f"this tokenizer does not keep {TEMPLATE!r} apart from what precedes it")
         found = [self.after(end, gap + TEMPLATE) for end in ".\n" for gap in ("", " ", "\n")]
         ways = {(*v,) for v in found + [self.lead] if v and tokenizer.unk_token_id not in v}
@@ -479,16 +480,16 @@ def restore(args: Args, policy, optimizer) -> int:
 # ------------------------------------------------------------------------------ 7. training
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
+    start = perf_counter()
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds[phase] += time.perf_counter() - start
+    seconds[phase] += perf_counter() - start
 
 def draw_batch(examples: list[Example], step: int, args: Args) -> tuple[list[int], list[Example]]:
     """This process's slots of an update, and their questions; every epoch has its own order."""
     slots, n = share([*range(args.questions)]), len(examples)
-    places = [divmod(step * args.questions + slot, n) for slot in slots]
+    places = [divmod(step * args.questions + slot, n) for slot in slots]  # epoch, place in it
     order = {e: np.random.default_rng((args.seed, e)).permutation(n) for e, _ in places}
     return slots, [examples[order[e][i]] for e, i in places]
 
@@ -549,7 +550,6 @@ def train(args: Args) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # once: finish the update; twice: leave at once
         signal.signal(number, lambda n, _: (stopping.append(n), signal.signal(n, signal.SIG_DFL)))
     kernels.use(args.kernels)
-    transformers.logging.disable_progress_bar()
     codec, questions, held_out = prepare(args)
     open_run(args)
     args.steps = args.steps or math.ceil(args.epochs * len(questions) / args.questions)
