@@ -21,11 +21,10 @@ logp_z, logp0_z, logp_y  log pi(z|x), log pi_0(z|x), log pi(y|x+z): sums over to
 r, A                     reward and leave-one-out advantage of a rationale, nats
 """
 
-import argparse, copy, dataclasses, json, math, os, re, resource, shutil, signal, subprocess, sys
+import argparse, dataclasses, json, math, os, re, resource, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from time import perf_counter
 from typing import Iterator, NamedTuple
 
 import numpy as np
@@ -40,8 +39,8 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import kernels
-from kernels import (Rationale, Scores, Tree, conclude, gold_rationale, plant, sample,
-                     score_rationales, span_sums, token_logprobs)
+from kernels import (Rationale, Scores, Tree, conclude, gold_rationale, plant, sample, score_given,
+                     score_rationales, token_logprobs)
 
 HERE = Path(__file__).resolve().parent
 AttentionInterface.register("latro", kernels.attention)
@@ -75,7 +74,7 @@ class Args:
     questions: int = flag(None, "questions an update, over all processes (3 each)", least=1)
     micro: int = flag(1, "questions a forward", least=1)
     steps: int = flag(None, "updates (or give --epochs)", least=1)
-    epochs: float = flag(6.0, "passes over the training questions (or give --steps)", least=0)
+    epochs: float = flag(6.0, "passes over the training questions (or give --steps)", least=1e-9)
     lr: float = flag(5e-7, "peak learning rate of AdamW, falling linearly to 0", least=0)
     warmup: int = flag(0, "updates over which the learning rate rises", least=0)
     grad_clip: float = flag(1.0, "largest gradient norm", least=0)
@@ -134,6 +133,11 @@ def check(args: Args) -> Args:
         raise Problem("--steps and --epochs both set the length: give one of them")
     if args.bound == "iwae" and args.reward == "prob":
         raise Problem("--bound iwae averages probabilities already: use it with --reward logp")
+    out, run = Path(args.out), Path(args.out, "latro.json").exists()
+    taken = not args.resume if run else out.is_file() or (out / "config.json").exists()
+    if taken and not args.plan:
+        what = "holds a run: --resume, or" if run else "holds a model, or is a file:"
+        raise Problem(f"--out {out} {what} choose another name")
     if args.questions % (W := world_size()) or args.shard and W % args.shard:
         raise Problem(f"{W} processes: --questions {args.questions} must be a multiple of {W}, and"
                       f" --shard {args.shard} divide it")
@@ -205,7 +209,7 @@ def backward(loss: Tensor) -> None:
 
 # ------------------------------------------------------------------------------ 3. tasks
 TEMPLATE = "The answer is"
-NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:/0*[1-9]\d*)?")
+NUMBER = re.compile(r"-?(?:\d{1,99}/0*[1-9]\d{0,99}|\d{0,99}\.?\d{1,99})")
 
 def gsm8k(row: dict) -> tuple[str, str, str]:
     steps, _, gold = row["answer"].rpartition("####")
@@ -245,23 +249,18 @@ def read_rows(args: Args, split: str) -> list[tuple[str, dict]]:
                           f" ({brief(e)}); pass a directory with train.jsonl and test.jsonl") from e
         return [(f"{args.data} {split} {i}", row) for i, row in enumerate(hub.get(split, []))]
     path, rows = Path(args.data, f"{split}.jsonl"), []
-    for i, line in enumerate(path.open(encoding="utf-8") if path.exists() else [], 1):
+    for i, line in enumerate(path.open("rb") if path.exists() else [], 1):
         try:
             rows.append((f"{path}:{i}", json.loads(line)))
-        except json.JSONDecodeError as e:
-            raise Problem(f"{path}:{i}: not JSON; every line is one object") from e
+        except ValueError as e:
+            raise Problem(f"{path}:{i}: not JSON in UTF-8; every line is one object") from e
     return rows
 
 def brief(e: Exception) -> str:
     return f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
 
 class Example(NamedTuple):
-    """A row of data."""
-    ask: str
-    gold: str
-    x: list[int]
-    answer: list[int]  # " 18." and the end of the turn
-    z: list[int]  # the data's own rationale, or nothing
+    ask: str; gold: str; x: list[int]; answer: list[int]; z: list[int]
 
 class Codec:
     """Text to token ids, once: nothing that was sampled is decoded and tokenised again."""
@@ -295,7 +294,9 @@ class Codec:
             chat, add_generation_prompt=len(chat) == 1, return_dict=True)["input_ids"]
 
     def example(self, where: str, row: dict) -> Example:
-        """Raises Problem, naming the row, where a field is missing or the answer is empty."""
+        """Question and gold answer; as ids the prompt, " 18." with end of turn, gold rationale.
+
+        Raises Problem, naming the row, where a field is missing or the answer is empty."""
         try:
             ask, gold, z = (text.strip() for text in TASKS[self.task](row))
         except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -304,7 +305,7 @@ class Codec:
             raise Problem(f"{where}: the answer {gold!r} tokenises to nothing; mend the row")
         plain = f"Question: {ask}\nAnswer:"
         x = self.turns(ask) if self.chat else self.tokenizer(plain)["input_ids"]
-        answer = [*self.after(TEMPLATE, f" {gold}."), self.turn_end]
+        answer = [*self.after(TEMPLATE, f" {gold.removesuffix('.')}."), self.turn_end]
         return Example(ask, gold, x, answer, self.opening(z) if z else [])
 
     def text(self, ids: list[int]) -> str:
@@ -350,8 +351,7 @@ def score(policy, reference, batch: list[Example], groups: list[list[Rationale]]
         logp0 = None if reference is None else reference.logprobs(tree)
     N = args.questions * K  # of the whole update: the gradient does not hang on how it is split
     if K == 1:  # SFT: maximise the log-prob of all that was planted
-        logp_z, logp_y = span_sums(logp, *tree.offsets)
-        return logp, Scores(logp_z, None, logp_y, logp_y, 0 * logp_y, torch.full_like(logp, 1 / N))
+        return logp, score_given(logp, *tree.offsets, total=N)
     cut = torch.tensor([r.cut for g in groups for r in g], device=logp.device)
     return logp, score_rationales(
         logp, logp0, *tree.offsets, K, args.beta, bound=args.bound, reward=args.reward,
@@ -379,7 +379,6 @@ def summary(questions: list[list[dict]]) -> dict:
 def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Args,
              k: int = 2) -> list[dict]:
     """A record a question, the same however the work is split over processes.
-
     text, said, right: the greedy reply; samples: k >= 2 replies at --temperature, scored as in
     training. A reply is right where z ends within L and the gold answer follows."""
     room = max(len(e.answer) for e in examples) + len(codec.join)
@@ -418,10 +417,8 @@ def read_log(args: Args, name: str) -> list[dict]:
     return [json.loads(s) for s in Path(args.out, name).read_text().split("\n")[:-1]]
 
 def open_run(args: Args) -> None:
-    """Makes --out, unless it holds another run, and notes there what the run's numbers hang on."""
+    """Makes --out and notes there what the run's numbers hang on."""
     out = Path(args.out)
-    if not args.resume and ((out / "latro.json").exists() or (out / "config.json").exists()):
-        raise Problem(f"--out {out}: holds a run or a model; add --resume, or choose another name")
     dist.barrier()
     if is_first() and not (out / "latro.json").exists():
         (out / "state").mkdir(parents=True, exist_ok=True)
@@ -455,7 +452,8 @@ def export(args: Args, policy, weights: dict[str, Tensor], tokenizer) -> None:
     """The model in the base's own dtype, as one file: one rename makes it the current one."""
     dtype, fresh = policy.config.dtype, Path(args.out, "state", "export")
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config), dtype=dtype)
+        config = type(policy.config).from_dict(policy.config.to_dict())  # saving changes it
+        shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
     shell.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
     shell.tie_weights()
     shell.generation_config = policy.generation_config
@@ -466,25 +464,25 @@ def export(args: Args, policy, weights: dict[str, Tensor], tokenizer) -> None:
 
 def restore(args: Args, policy, optimizer) -> int:
     """Loads the last complete state, cuts the logs back to it; returns its step, 0 without one."""
-    kept = sorted(Path(args.out, "state").glob("step-*"))
-    step = int(kept[-1].name.removeprefix("step-")) if kept else -1
+    kept, step = sorted(Path(args.out, "state").glob("step-*")), 0
     if kept:
+        step = int(kept[-1].name.removeprefix("step-"))
         model, moments = states.get_state_dict(policy, optimizer)
         dcp.load(dict(model=model, optimizer=moments), checkpoint_id=kept[-1])
         states.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
     for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl") if is_first() else ():
         rows = [r for r in read_log(args, name) if r["step"] <= step] if kept else []
         write(Path(args.out, name), "".join(json.dumps(r) + "\n" for r in rows))
-    return max(step, 0)
+    return step
 
 # ------------------------------------------------------------------------------ 7. training
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = perf_counter()
+    start = time.perf_counter()
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds[phase] += perf_counter() - start
+    seconds[phase] += time.perf_counter() - start
 
 def draw_batch(examples: list[Example], step: int, args: Args) -> tuple[list[int], list[Example]]:
     """This process's slots of an update, and their questions; every epoch has its own order."""
@@ -529,6 +527,8 @@ def prepare(args: Args) -> tuple[Codec, list[Example], list[Example]]:
     except OSError:
         eos = config.eos_token_id
     eos = [t for t in (*np.atleast_1d(eos).tolist(), tokenizer.eos_token_id) if t is not None]
+    if not eos:
+        raise Problem(f"--model {args.model}: no EOS in its configuration or tokenizer; set one")
     codec = Codec(tokenizer, args.task, [*dict.fromkeys(eos)])
     rows, held_out = read_rows(args, "train"), read_rows(args, "validation")
     if not held_out:  # never the test split: whoever looks at it while training chooses by it
@@ -551,13 +551,13 @@ def train(args: Args) -> None:
         signal.signal(number, lambda n, _: (stopping.append(n), signal.signal(n, signal.SIG_DFL)))
     kernels.use(args.kernels)
     codec, questions, held_out = prepare(args)
-    open_run(args)
-    args.steps = args.steps or math.ceil(args.epochs * len(questions) / args.questions)
     policy, reference = load(args, device, torch.float32), None
     if args.objective == "latro" and args.beta > 0:  # in the dtype that the policy computes in
         reference = load(args, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    open_run(args)
     start, epoch = restore(args, policy, optimizer), args.questions / len(questions)
+    args.steps = args.steps or math.ceil(args.epochs / epoch)
     say(f"{args.steps} updates of {args.questions} questions = {args.steps * epoch:.3g} epochs")
     if start == 0:
         look(0, policy, reference, codec, held_out, args)

@@ -13,7 +13,7 @@ from types import ModuleType
 from . import reference
 from .attention import attention, context, tree_mask, unsupported, window
 from .memory import memory_table
-from .reference import Scores, span_sums
+from .reference import Scores, score_given, span_sums
 from .sampler import sample
 from .tree import Rationale, Tree, conclude, gold_rationale, plant
 

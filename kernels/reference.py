@@ -106,6 +106,14 @@ def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_star
     return Scores(logp_z, logp0_z, logp_y, r, A.flatten(), weights)
 
 
+@torch.no_grad()
+def score_given(logp: Tensor, z_start: Tensor, y_start: Tensor, end: Tensor, total: int) -> Scores:
+    """Of rationales that were given, not sampled: their likelihood, with y's, is the objective."""
+    logp_z, logp_y = span_sums(logp, z_start, y_start, end)
+    weights = torch.full_like(logp, 1 / total)
+    return Scores(logp_z, None, logp_y, logp_z + logp_y, torch.zeros_like(logp_y), weights)
+
+
 def elbo_credit(r: Tensor, slope: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     """A and the weights of z and y, (B, K) each; `slope`: the reward's derivative by log pi(y)."""
     K = r.shape[1]

@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests repeat bit by bit, on any machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one thread repeats bit by bit
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: no test may hang on the hub
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,8 +26,8 @@ import torch
 import latro
 
 TOY = ROOT / "toy" / "model"
-TIMES = ("seconds", "tokens_per_s", "peak_mem_gb")  # of a row of metrics.jsonl: never twice the same
-HELD = tempfile.TemporaryDirectory()  # the head of the toy's data: a run spends no second tokenising
+TIMES = ("seconds", "tokens_per_s", "peak_mem_gb")  # in metrics.jsonl, never twice the same
+HELD = tempfile.TemporaryDirectory()  # the head of the toy's data: quicker to tokenise
 for split, n in dict(train=60, validation=8, test=8).items():
     lines = (ROOT / "toy" / f"{split}.jsonl").read_text().splitlines(keepends=True)
     Path(HELD.name, f"{split}.jsonl").write_text("".join(lines[:n]))
@@ -98,15 +99,16 @@ def untimed(metrics):
 
 
 def contents(folder):
-    """Every file of a folder, byte by byte."""
-    return {p.relative_to(folder): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    """Every file of a folder, and a hash of its bytes."""
+    files = [p for p in Path(folder).rglob("*") if p.is_file()]
+    return {p.relative_to(folder): sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def write_rows(folder, split="train", n=20, **fixed):
     """n questions in the toy's words as {split}.jsonl, each different; `fixed` fields win."""
     Path(folder).mkdir(exist_ok=True)
-    made = [dict(question=f"Tom owns {i + 3} cookies. On Monday he wins 2 more. How many cookies are left?",
-                 answer=str(i + 5)) | fixed for i in range(n)]
+    ask = "Tom owns {} cookies. On Monday he wins 2 more. How many cookies are left?"
+    made = [dict(question=ask.format(i + 3), answer=str(i + 5)) | fixed for i in range(n)]
     Path(folder, f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
     return made
 

@@ -1,8 +1,8 @@
-"""How a run is split changes nothing: processes, micro-batches, checkpointing and replicas give the same
-questions, rationales, gradients and evaluations, and a run goes on with another number of processes.
+"""How a run is split changes nothing: processes, micro-batches, checkpointing and replicas give the
+same questions, rationales, gradients and evaluations; any number of processes can resume it.
 
-Gradients are those of the real training loop, whole, at the second update: there the policy has moved
-away from the reference, so every term of the objective is at work. All float32, over gloo.
+Gradients are those of the real training loop, whole, at the second update: there the policy has
+moved away from the reference, so every term of the objective is at work. All float32, over gloo.
 """
 
 import functools
@@ -36,12 +36,12 @@ def recording(update):
 
 
 def work(jobs):
-    """Runs of latro.py one after the other, each (flags, update in which the last process is told to
-    stop, or None), with their gradients left in --out."""
+    """Runs of latro.py one after the other, each (flags, update in which the last process is told
+    to stop, or None), with their gradients left in --out."""
     update = latro.update
+    last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
     for flags, stop in jobs:
-        told = stop and dist.get_rank() == dist.get_world_size() - 1 if dist.is_initialized() else stop
-        latro.update = stopping(recording(update), stop) if told else recording(update)
+        latro.update = stopping(recording(update), stop) if stop and last else recording(update)
         try:
             assert not latro.main([*map(str, flags)])
         finally:
@@ -57,7 +57,7 @@ def work_as_torchrun(processes, jobs, folder):
 
 
 def begun(folder, model, **other):
-    """A run stopped after its first update, to go on from in many ways: a function that copies it."""
+    """A function that copies a run stopped after its first update, to go on from in many ways."""
     first = start(*FLAGS, *model, out=folder / "first", stop=1)
 
     def copy(name, **settings):
@@ -71,21 +71,22 @@ def begun(folder, model, **other):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Flags of the toy, whose embeddings are tied, and of a Llama with grouped heads, where they are not."""
+    """Flags of the toy, whose embeddings are tied, and of a Llama of grouped heads, where not."""
     path = tmp_path_factory.mktemp("untied")
     tokenizer = AutoTokenizer.from_pretrained(TOY)
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=False,
-        eos_token_id=1, max_position_embeddings=256)).save_pretrained(path)
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, eos_token_id=1,
+        tie_word_embeddings=False, max_position_embeddings=256)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return dict(tied=[], untied=["--model", path, "--task", "toy"])
 
 
 WAYS = {  # of one process
-    "micro 1": dict(micro=1), "micro 2": dict(micro=2), "micro 3, which does not divide 4": dict(micro=3),
-    "checkpointing": dict(checkpointing=True), "checkpointing, micro 1": dict(checkpointing=True, micro=1)}
+    "micro 1": dict(micro=1), "micro 2": dict(micro=2), "micro 3 of 4": dict(micro=3),
+    "checkpointing": dict(checkpointing=True),
+    "checkpointing, micro 1": dict(checkpointing=True, micro=1)}
 TWO = {"2 processes": {}, "2 processes, micro 1": dict(micro=1),
        "2 processes, checkpointing": dict(checkpointing=True)}
 FOUR = {"4 processes": dict(shard=0), "4 processes, shard 2": dict(shard=2)}
@@ -105,10 +106,9 @@ def outs(models, tmp_path_factory):
                 made[model, way] = out = copy(way.replace(" ", "-"), **settings)
                 jobs[processes].append((["--resume", "--out", out], None))
     for processes in (1, 2):
-        made["run", processes] = folder / f"run-{processes}"
-        jobs[processes].append(([*FLAGS, "--steps", 4, "--out", folder / f"run-{processes}"], None))
-        made["stopped", processes] = folder / f"stopped-{processes}"
-        jobs[processes].append(([*FLAGS, "--steps", 4, "--out", folder / f"stopped-{processes}"], 2))
+        for name, stop in dict(run=None, stopped=2).items():
+            made[name, processes] = out = folder / f"{name}-{processes}"
+            jobs[processes].append(([*FLAGS, "--steps", 4, "--out", out], stop))
     work(jobs[1])
     made["1 to 2"] = shutil.copytree(made["stopped", 1], folder / "1-to-2")
     jobs[2].append((["--resume", "--out", made["1 to 2"]], None))
@@ -153,12 +153,12 @@ def test_gradient_is_the_same(model, way, outs):
 
 
 def test_first_update_and_evaluation_are_the_same(outs):
-    """The same questions and rationales: randomness hangs on the slot of a question, not on who draws
-    it. Five held-out questions do not divide by two."""
+    """The same questions and rationales: randomness hangs on the slot of a question, not on who
+    draws it. Five held-out questions do not divide by two."""
     one, two = outs["run", 1], outs["run", 2]
     assert distance(gradient(two, 1), gradient(one, 1)) < 1e-5
     close(untimed(rows(two)[:1]), untimed(rows(one)[:1]))
-    close(rows(two, "samples")[:2], rows(one, "samples")[:2])  # texts of the evaluation, of the update
+    close(rows(two, "samples")[:2], rows(one, "samples")[:2])  # evaluation, update
     close(rows(two, "evals")[:1], rows(one, "evals")[:1])
     assert rows(two, "evals")[0]["n"] == 5
 
@@ -177,8 +177,8 @@ def test_one_process_is_told_to_stop_and_all_do(outs):
 
 
 def test_resume_with_as_many_processes_is_bit_equal(outs, tmp_path):
-    """The script itself, under torchrun. Released-code defect 13: resuming restarts step, data order
-    and random numbers."""
+    """The script itself, under torchrun. Released-code defect 13: resuming restarts step, data
+    order and random numbers."""
     out = shutil.copytree(outs["stopped", 2], tmp_path / "out")
     done = launch("--resume", "--out", out, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -192,7 +192,7 @@ def test_resume_with_other_numbers_of_processes(outs, tmp_path):
     for ours, theirs in ((fewer, outs["run", 2]), (outs["1 to 2"], outs["run", 1])):
         assert [row["step"] for row in rows(ours)] == [1, 2, 3, 4]
         assert untimed(rows(ours))[:2] == untimed(rows(theirs))[:2]
-        close(untimed(rows(ours))[2], untimed(rows(theirs))[2], rel=1e-2)  # Adam makes rounding larger
+        close(untimed(rows(ours))[2], untimed(rows(theirs))[2], rel=1e-2)  # Adam enlarges rounding
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Bad input ends a run before it begins, with one line that names the value and the way out: never a
-traceback, never a file touched. A run that turns into NaN stops in the same way."""
+"""Bad input ends a run before it begins, with one line that names the value and the way out: never
+a traceback, never a file touched. A run that turns into NaN stops in the same way."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -12,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, CLIPConfig, Gemma2Config, GPT2Config, LlamaConfig, MambaConfig,
+    AutoModelForCausalLM, AutoTokenizer, CLIPConfig, Gemma2Config, GPT2Config, MambaConfig,
     Qwen2Config, T5Config)
 
 import latro
-from conftest import HELD, TINY, TOY, contents, launch, rows, start, write_rows
+from conftest import TINY, TOY, contents, launch, rows, start, write_rows
 
 BAR = re.compile(r"\d+%\||it/s\]|^\x1b\[A$")  # a progress bar
 FLAGS = f"--model {TOY} --task qa --data data --steps 1 --questions 2 --K 2 --L 8".split()
@@ -57,12 +56,15 @@ def says(line, *words):
 # ---- flags
 
 @pytest.mark.parametrize("flags, words", [
-    ("--K 1", ["--K 1", "at least 2"]), ("--K 0", ["--K 0", "at least"]), ("--K many", ["--K", "many"]),
-    ("--beta -1", ["--beta -1", "at least 0"]), ("--lr nan", ["--lr nan"]), ("--lr -1", ["--lr -1"]),
+    ("--K 1", ["--K 1", "at least 2"]), ("--K 0", ["--K 0", "at least"]),
+    ("--K many", ["--K", "many"]), ("--beta -1", ["--beta -1", "at least 0"]),
+    ("--lr nan", ["--lr nan"]), ("--lr -1", ["--lr -1"]),
     ("--steps 0", ["--steps 0", "at least 1"]), ("--temperature 0", ["--temperature 0"]),
     ("--micro 0", ["--micro 0"]), ("--L 0", ["--L 0"]), ("--questions 0", ["--questions 0"]),
-    ("--eval-questions 0", ["--eval-questions 0"]), ("--answer-weight nan", ["--answer-weight nan"]),
-    ("--bound tight", ["--bound", "tight", "elbo", "iwae"]), ("--task math", ["--task", "math", "gsm8k"]),
+    ("--eval-questions 0", ["--eval-questions 0"]),
+    ("--answer-weight nan", ["--answer-weight nan"]),
+    ("--bound tight", ["--bound", "tight", "elbo", "iwae"]),
+    ("--task math", ["--task", "math", "gsm8k"]),
     ("--reward 1", ["--reward", "logp", "prob"]), ("--learning-rate 1", ["--learning-rate"]),
     ("--kernels cuda", ["--kernels", "cuda", "auto"]), ("--epochs 2", ["--steps", "--epochs"]),
     ("--bound iwae --reward prob", ["iwae", "prob"]),
@@ -73,7 +75,8 @@ def test_flag(flags, words, refusal):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--epochs 0", ["--epochs 0"]), ("--epochs inf", ["--epochs inf"]), ("--task qa", ["--model", "--data"]),
+    ("--epochs 0", ["--epochs 0"]), ("--epochs inf", ["--epochs inf"]),
+    ("--task qa", ["--model", "--data"]),
     ("--task qa --data data", ["--model"]), (f"--task qa --model {TOY}", ["--data"]),
 ])  # fmt: skip
 def test_flag_alone(flags, words, refusal):
@@ -105,16 +108,19 @@ def test_one_line_from_two_processes():
 
 # ---- data
 
+ROW = '{"question": "a", "answer": "1"}\n'
+
+
 @pytest.mark.parametrize("text, words", [
     (None, ["--data data", "train"]), ("", ["--data data", "train"]),
-    ('{"question": "a", "answer": "1"}\n', ["--data data", "2 rows"]),
-    ('{"question": "a", "answer": "1"}\n{"question": "a"\n', ["train.jsonl:2", "JSON"]),
-    ('{"question": "a", "answer": "1"}\n["a", "1"]\n', ["train.jsonl:2", "row"]),
-    ('{"question": "a", "answer": "1"}\n{"question": "a"}\n', ["train.jsonl:2", "answer"]),
-    ('{"question": "a", "answer": "1"}\n{"answer": "a"}\n', ["train.jsonl:2", "question"]),
-    ('{"question": "a", "answer": "1"}\n{"question": "a", "answer": 1}\n', ["train.jsonl:2"]),
-    ('{"question": "a", "answer": "1"}\n{"question": "a", "answer": ""}\n', ["train.jsonl:2", "answer"]),
-    ('{"question": "a", "answer": "  "}\n{"question": "a", "answer": "1"}\n', ["train.jsonl:1", "answer"]),
+    (ROW, ["--data data", "2 rows"]),
+    (ROW + '{"question": "a"\n', ["train.jsonl:2", "JSON"]),
+    (ROW + '["a", "1"]\n', ["train.jsonl:2", "row"]),
+    (ROW + '{"question": "a"}\n', ["train.jsonl:2", "answer"]),
+    (ROW + '{"answer": "a"}\n', ["train.jsonl:2", "question"]),
+    (ROW + '{"question": "a", "answer": 1}\n', ["train.jsonl:2"]),
+    (ROW + '{"question": "a", "answer": ""}\n', ["train.jsonl:2", "answer"]),
+    ('{"question": "a", "answer": "  "}\n' + ROW, ["train.jsonl:1", "answer"]),
     (b'{"question": "caf\xe9", "answer": "1"}\n' * 2, ["train.jsonl", "UTF-8"]),
 ])  # fmt: skip
 def test_train_jsonl(text, words, refusal):
@@ -127,7 +133,7 @@ def test_train_jsonl(text, words, refusal):
 
 
 def test_held_out_rows_are_checked_too(refusal):
-    Path("data", "validation.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": "a"}\n')
+    Path("data", "validation.jsonl").write_text(ROW + '{"question": "a"}\n')
     says(refusal(*FLAGS), "validation.jsonl:2", "answer")
 
 
@@ -157,8 +163,8 @@ def test_model_that_is_not_there(model, refusal):
 
 
 @pytest.mark.parametrize("config, word", [
-    (Gemma2Config(), "softcap"), (Qwen2Config(use_sliding_window=True, max_window_layers=9), "layers"),
-    (T5Config(), "encoder"), (GPT2Config(), "gpt2"), (MambaConfig(), "mamba"), (CLIPConfig(), "clip"),
+    (Gemma2Config(), "gemma2"), (T5Config(), "t5"), (GPT2Config(), "gpt2"),
+    (MambaConfig(), "mamba"), (CLIPConfig(), "clip"), (Qwen2Config(use_sliding_window=True, max_window_layers=9), "layers"),
 ], ids=lambda v: getattr(v, "model_type", None))  # fmt: skip
 def test_unsupported_architecture(config, word, refusal):
     """Refused by its configuration alone: its weights are not even there."""
@@ -172,7 +178,8 @@ def test_unsupported_architecture(config, word, refusal):
 def copy_of_toy(**settings):
     """The toy as ./model, with other values in all of its settings files."""
     shutil.copytree(TOY, "model")
-    for path in map(Path, ("model/config.json", "model/generation_config.json", "model/tokenizer_config.json")):
+    for name in ("config", "generation_config", "tokenizer_config"):
+        path = Path("model", f"{name}.json")
         known = json.loads(path.read_text())
         path.write_text(json.dumps({k: settings.get(k, v) for k, v in known.items()}))
 
@@ -200,7 +207,8 @@ def finished(tmp_path_factory):
 
 def test_out_holds_another_run(finished, refusal):
     before = contents(finished)
-    says(refusal(*TINY, "--steps", 1, "--out", finished), f"--out {finished}", "--resume", "another")
+    line = refusal(*TINY, "--steps", 1, "--out", finished)
+    says(line, f"--out {finished}", "--resume", "another")
     assert contents(finished) == before
 
 
@@ -208,6 +216,14 @@ def test_out_holds_a_model(refusal):
     shutil.copytree(TOY, "out")
     before = contents("out")
     says(refusal(*FLAGS), "--out out", "model", "another")
+    assert contents("out") == before
+
+
+def test_resume_of_what_is_no_run(refusal):
+    """It would write over somebody's model."""
+    shutil.copytree(TOY, "out")
+    before = contents("out")
+    says(refusal(*FLAGS, "--resume"), "out")
     assert contents("out") == before
 
 
@@ -248,7 +264,8 @@ def test_weights_that_are_not_finite(refusal):
 def test_rate_that_overflows_while_resuming(refusal):
     """The same, begun anew from a checkpoint: what was there before is there afterwards."""
     out = start(*TINY, "--steps", 3, "--save-every", 1, "--lr", 1e30, out="out", stop=1)
-    before = {k: v for k, v in contents(out).items() if k.suffix in (".safetensors", ".distcp", ".jsonl")}
+    kinds = (".safetensors", ".distcp", ".jsonl")
+    before = {k: v for k, v in contents(out).items() if k.suffix in kinds}
     says(refusal("--resume", "--out", "out"), "update 2")
     after = contents(out)
     assert before and all(after[k] == v for k, v in before.items())

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.utils import import_utils
 
 import latro
 from conftest import HELD, ROOT, TINY, TOY, contents, launch, rows, start, untimed, write_rows
@@ -44,15 +45,18 @@ def two(tmp_path, *flags):
     return rows(start(*TINY, "--steps", 2, *flags, out=tmp_path / "out"))
 
 
-def test_imports_in_any_order_beside_any_package(tmp_path):
-    """transformers looks for a package of Hugging Face's called "kernels", and imports from it where
-    its version fits: a package of ours by that name would break `import transformers`."""
-    from transformers.utils import import_utils
+@pytest.mark.parametrize("installed", [False, True])
+def test_imports_after_transformers(installed, tmp_path):
+    """transformers looks for Hugging Face's package "kernels", and imports from it where its
+    version fits: ours must not be taken for it, whether that one is installed or not."""
     version = import_utils.KERNELS_MIN_VERSION
-    (tmp_path / f"kernels-{version}.dist-info").mkdir()
-    (tmp_path / f"kernels-{version}.dist-info" / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
-    code = f"import sys; sys.path.append({str(tmp_path)!r})\nfrom transformers import LlamaModel\nimport latro"
+    if installed:
+        note = tmp_path / f"kernels-{version}.dist-info" / "METADATA"
+        note.parent.mkdir()
+        note.write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
+    code = f"""import sys; sys.path.append({str(tmp_path)!r})
+from transformers import LlamaModel
+import latro"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
 
@@ -63,11 +67,13 @@ def test_out_is_an_ordinary_model_that_learned(shipped):
     out, _ = shipped
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     base = AutoModelForCausalLM.from_pretrained(TOY)
-    assert model.dtype == base.dtype and model.generation_config.eos_token_id == tokenizer.eos_token_id
-    change = [(p - q).abs().max() for p, q in zip(model.parameters(), base.parameters(), strict=True)]
+    assert model.dtype == base.dtype
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    pairs = zip(model.parameters(), base.parameters(), strict=True)
+    change = [float((p - q).abs().max()) for p, q in pairs]
     assert all(0 < c < 3e-3 for c in change)  # every weight tensor moved, none of them far
-    x = tokenizer("Question: Tom owns 3 cookies. On Monday he wins 2 more. How many cookies are left?"
-                  "\nAnswer:", return_tensors="pt")
+    x = tokenizer("Question: Tom owns 3 cookies. On Monday he wins 2 more. How many cookies are "
+                  "left?\nAnswer:", return_tensors="pt")
     assert "The answer is" in tokenizer.decode(model.generate(**x, max_new_tokens=48)[0])
 
 
@@ -84,7 +90,7 @@ def test_metrics_keep_the_contract(shipped):
 
 
 def test_first_kl_is_zero(shipped):
-    """Released-code defect 8: its reference model runs in another dtype, so KL != 0 at the start."""
+    """Released-code defect 8: its reference runs in another dtype, so KL != 0 at the start."""
     metrics, evals = rows(shipped[0]), rows(shipped[0], "evals")
     assert metrics[0]["kl"] == 0.0 and evals[0]["kl"] == 0.0
     assert metrics[1]["kl"] != 0.0
@@ -120,14 +126,14 @@ def test_state_and_notes(shipped):
 
 def test_every_flag_is_recorded(tmp_path):
     flags = dict(model=str(TOY), task="qa", data=HELD.name, bound="iwae", credit="full", K=3, L=20,
-                 beta=0.1, temperature=1.2, questions=3, micro=2, steps=1, lr=1e-4, warmup=1, grad_clip=0.5,
-                 answer_weight=0.5, truncation_penalty=1.0, eval_every=1, eval_questions=3, save_every=1,
-                 seed=3, kernels="torch")
+                 beta=0.1, temperature=1.2, questions=3, micro=2, steps=1, lr=1e-4, warmup=1,
+                 grad_clip=0.5, answer_weight=0.5, truncation_penalty=1.0, eval_every=1,
+                 eval_questions=3, save_every=1, seed=3, kernels="torch")
     given = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
     out = start(*given, "--no-checkpointing", out=tmp_path / "out")
     noted = json.loads((out / "latro.json").read_text())["args"]
-    rest = dict(out=str(out), objective="latro", reward="logp", epochs=None, shard=0, checkpointing=False,
-                resume=False, plan=False)
+    rest = dict(out=str(out), objective="latro", reward="logp", epochs=None, shard=0,
+                checkpointing=False, resume=False, plan=False)
     assert noted == flags | rest
 
 
@@ -148,7 +154,7 @@ def test_steps_and_epochs_print_each_other(shipped, data, tmp_path, capsys):
 # ---- data
 
 def prepared(data, *flags):
-    args = latro.parse(["--model", str(TOY), "--task", "qa", "--data", str(data), "--L", "48", *flags])
+    args = latro.parse([*f"--model {TOY} --task qa --data {data} --L 48".split(), *flags])
     _, training, held_out = latro.prepare(args)
     return [e.ask for e in training], [e.ask for e in held_out]
 
@@ -193,14 +199,16 @@ def test_sft_learns_the_given_rationale(tmp_path):
 
 def test_iwae_weighs_rationales_otherwise(tmp_path, default):
     ours, theirs = two(tmp_path, "--bound", "iwae"), rows(default)
-    assert ours[0]["logp_y"] == theirs[0]["logp_y"] and ours[0]["grad_norm"] != theirs[0]["grad_norm"]
+    assert ours[0]["logp_y"] == theirs[0]["logp_y"]  # the same rationales
+    assert ours[0]["grad_norm"] != theirs[0]["grad_norm"]
     assert ours[1]["logp_y"] != theirs[1]["logp_y"]
 
 
 def test_prob_rewards_a_probability(tmp_path, default):
     ours, theirs = two(tmp_path, "--reward", "prob", "--beta", 0), rows(default)
     assert all(0 <= row["reward"] <= 1 for row in ours)
-    assert ours[0]["logp_y"] == theirs[0]["logp_y"] and ours[0]["grad_norm"] != theirs[0]["grad_norm"]
+    assert ours[0]["logp_y"] == theirs[0]["logp_y"]  # the same rationales
+    assert ours[0]["grad_norm"] != theirs[0]["grad_norm"]
 
 
 def test_full_credit_puts_the_template_into_y(tmp_path, default):
@@ -212,7 +220,8 @@ def test_full_credit_puts_the_template_into_y(tmp_path, default):
 def test_answer_weight_is_on_unless_taken_away(tmp_path, default):
     """Released-code defect 2: its second gradient term is off by default."""
     ours, theirs = two(tmp_path, "--answer-weight", 0), rows(default)
-    assert ours[0]["logp_y"] == theirs[0]["logp_y"] and ours[0]["grad_norm"] != theirs[0]["grad_norm"]
+    assert ours[0]["logp_y"] == theirs[0]["logp_y"]  # the same rationales
+    assert ours[0]["grad_norm"] != theirs[0]["grad_norm"]
 
 
 def test_beta_zero_loads_no_reference(tmp_path, monkeypatch):
@@ -231,14 +240,14 @@ def test_beta_weighs_the_kl(tmp_path):
 
 
 def test_truncation_penalty_is_a_constant_for_what_was_cut(tmp_path):
-    """Released-code defect 7: its penalty is twice the batch's mean reward, so it couples questions."""
+    """Released-code defect 7: its penalty is twice a batch's mean reward: it couples questions."""
     for row in two(tmp_path, "--truncation-penalty", 3, "--L", 14, "--beta", 0, "--K", 8):
         assert 0 < row["finished"] < 1
         assert row["reward"] == pytest.approx(row["logp_y"] - 3 * (1 - row["finished"]))
 
 
 def test_temperature_acts(tmp_path, default):
-    """Released-code defect 8: its flag is ignored. As T goes to 0 all rationales become the same."""
+    """Released-code defect 8: its flag is ignored. As T goes to 0 rationales become the same."""
     cold = two(tmp_path, "--temperature", 0.01)[0]
     assert cold["reward_std"] < 1e-3 < rows(default)[0]["reward_std"]
     assert cold["kl"] == 0.0
@@ -370,8 +379,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "step-000002"])
 def test_kill_while_saving_loses_nothing(name, tmp_path, monkeypatch):
-    """The second save dies before the rename that makes a file current. Then out/ holds a whole model,
-    of one update or the other, and --resume ends where an undisturbed run does."""
+    """The second save dies before the rename that makes a file current. Then out/ holds a whole
+    model, of one update or the other, and --resume ends where an undisturbed run does."""
     flags = [*TINY, *"--questions 1 --K 2 --L 4 --steps 2 --save-every 1".split()]
     out, whole = start(*flags, out=tmp_path / "out", stop=1), start(*flags, out=tmp_path / "whole")
     before, after = contents(out)[weights], contents(whole)[weights]

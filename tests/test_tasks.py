@@ -1,5 +1,5 @@
-"""Text in and text out: answers are graded as a reader would, real rows become questions, and token ids
-are those that the tokenizer writes itself: one BOS, whole templates, nothing guessed from an id."""
+"""Text in and text out: answers are graded as a reader would, real rows become questions, and token
+ids are those that the tokenizer writes itself: one BOS, whole templates, no meaning read into ids."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,9 @@ FILES = [("gsm8k", "train", 7473), ("gsm8k", "test", 1319), ("arc_challenge", "t
 # ---- grading
 
 @pytest.mark.parametrize("said, gold, right", [
-    ("1,200.", "1200", True), ("1200", "1,200", True), ("$5.00", "5", True), ("$1,200.00", "1200", True),
-    ("2*3=6", "6", True), ("2*3=6", "2", False), ("5 - 3 = 2.", "2", True), ("18 dollars", "18", True),
+    ("1,200.", "1200", True), ("1200", "1,200", True), ("$5.00", "5", True),
+    ("$1,200.00", "1200", True), ("18 dollars", "18", True),
+    ("2*3=6", "6", True), ("2*3=6", "2", False), ("5 - 3 = 2.", "2", True),
     ("\u22123", "-3", True), ("-3", "\u22123", True), ("3", "-3", False), ("-$5", "-5", True),
     ("50%", "50", True), ("1/2", "0.5", True), ("0.5", "1/2", True), (".5", "0.5", True),
     ("3.0", "3", True), ("3.5", "3", False), ("180", "18", False), ("18", "180", False),
@@ -35,14 +36,15 @@ FILES = [("gsm8k", "train", 7473), ("gsm8k", "test", 1319), ("arc_challenge", "t
     ("salt  water", "salt water", True), ("", "water", False),
 ])  # fmt: skip
 def test_same_answer(said, gold, right):
-    """Released-code defect 11: "salt water" counts for "water", an exact "9.8 m/s" and "2*3=6" do not.
-    Nothing that a model may write raises."""
+    """Released-code defect 11: "salt water" counts for "water", an exact "9.8 m/s" and "2*3=6" do
+    not. Nothing that a model may write raises."""
     assert latro.same_answer(said, gold) is right
 
 
 @pytest.mark.parametrize("reply, said", [
     ("5 + 1 = 6. The answer is 6.", "6."), ("The answer is 6.\nThe end", "6."),
-    ("The answer is 5. No. The answer is 6.", "6."), ("5 + 1 = 6.", ""), ("The answer is", ""), ("", ""),
+    ("The answer is 5. No. The answer is 6.", "6."), ("5 + 1 = 6.", ""), ("The answer is", ""),
+    ("", ""),
 ])  # fmt: skip
 def test_answer_in(reply, said):
     assert latro.answer_in(reply) == said
@@ -63,12 +65,14 @@ def test_real_rows(task, split, count):
         assert latro.same_answer(f" {gold}.", gold)
         if task == "gsm8k":
             assert row["answer"].endswith(f"#### {gold}") and rationale
-            assert not {"<<", ">>", "####"} & {rationale[i:i + n] for n in (2, 4) for i in range(len(rationale))}
+            assert not any(mark in rationale for mark in ("<<", ">>", "####"))
             assert not latro.same_answer(f"{gold}1", gold)
         else:
             options = dict(zip(row["choices"]["label"], row["choices"]["text"]))
-            assert gold == options[row["answerKey"]].strip() and all(o in ask for o in options.values())
-            others = [o for o in options.values() if o.casefold().strip(" .") != gold.casefold().strip(" .")]
+            assert gold == options[row["answerKey"]].strip()
+            assert all(o in ask for o in options.values())
+            others = {o.casefold().strip(" .") for o in options.values()}
+            others.discard(gold.casefold().strip(" ."))
             assert not any(latro.same_answer(o, gold) for o in others), row
 
 
@@ -79,7 +83,7 @@ def test_gsm8k_rationale_reads_as_text():
 
 
 def test_rows_are_lines_whatever_they_hold(tmp_path):
-    """Only "\\n" ends a line of JSON: Unicode's other line ends are ordinary characters of a string."""
+    """Only "\\n" ends a line: Unicode's other line ends are ordinary characters in JSON."""
     texts = ["one\u2028two", "one\u0085two", "one\u2029two", "\u00e9\u4e00"]
     lines = [json.dumps(dict(question=t, answer="3"), ensure_ascii=False) for t in texts]
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
@@ -109,7 +113,7 @@ def test_templates_are_those_that_models_write(toy):
     """Released-code defect 9: " The answer is" and "The answer is" tokenise differently."""
     decode = toy.tokenizer.decode
     assert decode(toy.join) == decode(toy.lead) == " The answer is"
-    assert [decode(s) for s in toy.stops] == [" The answer is"]  # in these words it has but one form
+    assert [decode(s) for s in toy.stops] == [" The answer is"]  # its words have but one form
     reply = toy.tokenizer("Monday 1 + 2 = 3. The answer is 3.")["input_ids"]
     assert any(list(s) == reply[i:i + len(s)] for s in toy.stops for i in range(len(reply)))
 
@@ -122,8 +126,8 @@ def test_answer_ends_with_one_period(toy):
 
 # ---- chat templates
 
-CHAT = ("{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+CHAT = ("{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>", "<|user|>", "<|assistant|>"]
 
 
@@ -132,8 +136,8 @@ def tokenizer_of_bytes(chat_template=None, regex=True):
     tok = Tokenizer(models.BPE(unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
     tok.decoder = decoders.ByteLevel()
-    text = ["Question: how many are left?\nAnswer: 5 + 1 = 6.\nThe answer is 6. The answer is 18."] * 9
-    tok.train_from_iterator(text, trainers.BpeTrainer(
+    text = "Question: how many are left?\nAnswer: 5 + 1 = 6.\nThe answer is 6. The answer is 18."
+    tok.train_from_iterator([text] * 9, trainers.BpeTrainer(
         vocab_size=400, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
@@ -142,7 +146,7 @@ def tokenizer_of_bytes(chat_template=None, regex=True):
 
 
 def test_chat_prompt_comes_straight_from_the_template():
-    """Released-code defect 9: the template rendered to text and tokenised again gives a second BOS."""
+    """Released-code defect 9: the template rendered to text, then tokenised, gives a second BOS."""
     tokenizer = tokenizer_of_bytes(CHAT)
     codec = latro.Codec(tokenizer, "qa", [2, 3])
     e = codec.example("here", dict(question="How many?", answer="18", rationale="5 + 1 = 6."))
@@ -150,11 +154,13 @@ def test_chat_prompt_comes_straight_from_the_template():
     assert e.x == tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
     assert e.x[0] == tokenizer.bos_token_id and e.x.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(e.x) == "<s><|user|>\nHow many?<|end|>\n<|assistant|>\n"
-    assert tokenizer.decode(e.answer) == " 18.<|end|>"  # the template ends a turn with it, not with </s>
+    assert tokenizer.decode(e.answer) == " 18.<|end|>"  # not </s>: so the template ends a turn
     assert tokenizer.decode(e.z) == "5 + 1 = 6."
-    whole = tokenizer.apply_chat_template(
-        [*asked, dict(role="assistant", content="5 + 1 = 6.\nThe answer is 18.")])["input_ids"]
-    assert e.x + e.z + codec.join + e.answer == whole[:-1]  # as the model would write it, less a newline
+    reply = f"5 + 1 = 6.{tokenizer.decode(codec.join)} 18."
+    whole = [*asked, dict(role="assistant", content=reply)]
+    whole = tokenizer.apply_chat_template(whole)["input_ids"]
+    assert reply.split() == "5 + 1 = 6. The answer is 18.".split()
+    assert e.x + e.z + codec.join + e.answer == whole[:-1]  # all but the last newline
 
 
 def test_chat_templates_stop_in_every_form():
@@ -162,9 +168,10 @@ def test_chat_templates_stop_in_every_form():
     codec = latro.Codec(tokenizer, "qa", [3])
     assert tokenizer.decode(codec.lead) == "The answer is"
     assert {tokenizer.decode(s).strip() for s in codec.stops} == {"The answer is"}
-    for reply in ("The answer is 6", "5. The answer is 6", "5.\nThe answer is 6", "5.\n\nThe answer is 6"):
+    for before in ("", "5. ", "5.\n", "5.\n\n", "5"):
+        reply = f"{before}The answer is 6"
         ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
-        ends = [i + len(s) for s in codec.stops for i in range(len(ids)) if list(s) == ids[i:i + len(s)]]
+        ends = [i for s in codec.stops for i in range(len(ids)) if ids[:i][-len(s):] == list(s)]
         assert ends and tokenizer.decode(ids[:min(ends)]).endswith("The answer is"), reply
 
 
@@ -177,13 +184,13 @@ def test_plain_prompt_has_one_bos():
 
 def test_merging_tokenizer_is_refused():
     """Without a split at words, BPE learns tokens that would belong to z and to y at once."""
-    with pytest.raises(latro.Problem, match="merges"):
+    with pytest.raises(latro.Problem, match="tokenizer"):
         latro.Codec(tokenizer_of_bytes(regex=False), "qa", [2])
 
 
 def test_every_eos_of_the_model_counts(tmp_path):
-    """Released-code defect 13: end tokens are keyed on hub names. Here the model's own files say them:
-    the generation config two, the tokenizer one of these."""
+    """Released-code defect 13: end tokens are keyed on hub names. Here the model's own files say
+    them: the generation config two, the tokenizer another."""
     tokenizer = tokenizer_of_bytes(CHAT)
     tokenizer.save_pretrained(tmp_path)
     LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
@@ -229,5 +236,6 @@ def test_pad_and_eos_inside_a_prompt_do_not_change_its_continuation(policy):
     together = latro.sample(policy, PROMPTS, [[8, 9, 10]], [1], 1, 20, None)
     for x, (ids, *_) in zip(PROMPTS, together, strict=True):
         x = torch.tensor([x])
-        theirs = plain.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=20, do_sample=False)
+        theirs = plain.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=20,
+                                do_sample=False)
         assert ids == theirs[0, x.shape[1]:].tolist()[:len(ids)] and ids
