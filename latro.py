@@ -31,16 +31,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
 from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as states
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import kernels
+import kernels  # before transformers: see there
+import transformers
 from kernels import (Rationale, Scores, Tree, conclude, gold_rationale, plant, sample, score_given,
                      score_rationales, token_logprobs)
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 AttentionInterface.register("latro", kernels.attention)
@@ -432,7 +432,7 @@ def open_run(args: Args) -> None:
     dist.barrier()
 
 def save(args: Args, policy, optimizer, tokenizer, step: int) -> None:
-    """The state, then the model, each whole before it gets its name; older states go last."""
+    """Model and state, each whole before it gets its name; the state last, then older ones go."""
     kept, fresh = Path(args.out, "state"), Path(args.out, "state", "incomplete")
     if is_first():
         shutil.rmtree(fresh, ignore_errors=True)
@@ -442,8 +442,8 @@ def save(args: Args, policy, optimizer, tokenizer, step: int) -> None:
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole = states.get_model_state_dict(policy, options=options)
     if is_first():
-        os.replace(fresh, kept / f"step-{step:06d}")
         export(args, policy, whole, tokenizer)
+        os.replace(fresh, kept / f"step-{step:06d}")
         for old in sorted(kept.glob("step-*"))[:-1]:
             shutil.rmtree(old)
     dist.barrier()

@@ -3,12 +3,14 @@
 `reference.py` defines them in plain torch and is what runs today, on CPU and on CUDA. A faster
 implementation is a module with some of the same names, listed in BACKENDS after it.
 
-Nothing here imports transformers at once: while it loads it looks for a hub client also called
-`kernels`, finds this package, and must get it whole to see that it is another.
+transformers has use for a hub client that is also called `kernels`, and would take this package for
+it where that one is installed. So this one comes first, and says that the other is not there.
 """
 
 from functools import wraps
 from types import ModuleType
+
+from transformers import utils
 
 from . import reference
 from .attention import attention, context, tree_mask, unsupported, window
@@ -16,6 +18,9 @@ from .memory import memory_table
 from .reference import Scores, score_given, span_sums
 from .sampler import sample
 from .tree import Rationale, Tree, conclude, gold_rationale, plant
+
+for module in (utils, utils.import_utils):
+    module.is_kernels_available = lambda *_, **__: False
 
 BACKENDS: dict[str, ModuleType] = {"torch": reference}
 chosen = reference

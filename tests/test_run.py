@@ -7,9 +7,8 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils import import_utils
 
 import latro
-from conftest import HELD, ROOT, TINY, TOY, contents, launch, rows, start, untimed, write_rows
+from conftest import (
+    HELD, ROOT, TINY, TOY, begin, contents, launch, rows, start, untimed, write_rows)
 
 CONTRACT = set("""step epoch elbo logp_y kl reward reward_std z_len finished grad_norm lr seconds
                   tokens_per_s peak_mem_gb""".split())
@@ -29,9 +29,10 @@ LINES = len((ROOT / "toy" / "train.jsonl").read_text().splitlines())
 def shipped(tmp_path_factory):
     """Three updates of the toy as a user runs them: its out/ and what it printed."""
     out = tmp_path_factory.mktemp("shipped") / "out"
-    done = launch(*"--steps 3 --questions 4 --K 4 --eval-questions 8 --out".split(), out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    flags = "--steps 3 --questions 4 --K 4 --eval-questions 8".split()
+    code, printed, errors = launch(*flags, "--out", out)
+    assert code == 0, errors
+    return out, printed
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,9 @@ def two(tmp_path, *flags):
     return rows(start(*TINY, "--steps", 2, *flags, out=tmp_path / "out"))
 
 
-@pytest.mark.parametrize("installed", [False, True])
-def test_imports_after_transformers(installed, tmp_path):
+@pytest.mark.parametrize("installed, first", [
+    (False, "from transformers import LlamaModel"), (False, ""), (True, "")])
+def test_imports_beside_transformers(installed, first, tmp_path):
     """transformers looks for Hugging Face's package "kernels", and imports from it where its
     version fits: ours must not be taken for it, whether that one is installed or not."""
     version = import_utils.KERNELS_MIN_VERSION
@@ -54,11 +56,12 @@ def test_imports_after_transformers(installed, tmp_path):
         note = tmp_path / f"kernels-{version}.dist-info" / "METADATA"
         note.parent.mkdir()
         note.write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
-    code = f"""import sys; sys.path.append({str(tmp_path)!r})
-from transformers import LlamaModel
-import latro"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-500:]
+    (tmp_path / "script.py").write_text(f"""import sys; sys.path += {[str(ROOT), str(tmp_path)]}
+{first}
+import latro
+from transformers import LlamaModel""")
+    code, _, errors = launch(script=tmp_path / "script.py")
+    assert code == 0, errors[-500:]
 
 
 # ---- out/
@@ -69,8 +72,8 @@ def test_out_is_an_ordinary_model_that_learned(shipped):
     base = AutoModelForCausalLM.from_pretrained(TOY)
     assert model.dtype == base.dtype
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    pairs = zip(model.parameters(), base.parameters(), strict=True)
-    change = [float((p - q).abs().max()) for p, q in pairs]
+    ours, theirs = model.state_dict(), base.state_dict()
+    change = [(ours[k] - theirs[k]).abs().max() for k in theirs]
     assert all(0 < c < 3e-3 for c in change)  # every weight tensor moved, none of them far
     x = tokenizer("Question: Tom owns 3 cookies. On Monday he wins 2 more. How many cookies are "
                   "left?\nAnswer:", return_tensors="pt")
@@ -314,7 +317,7 @@ def test_plan_needs_no_weights(tmp_path, monkeypatch, capsys):
 
 # ---- stop and go on
 
-weights = type(TOY)("model.safetensors")
+weights = Path("model.safetensors")
 LONG = [*TINY, "--steps", 4, "--save-every", 2, "--eval-every", 3]
 
 
@@ -404,8 +407,7 @@ def test_kill_while_saving_loses_nothing(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_finishes_the_update_and_says_how_to_go_on(number, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "latro.py"), *TINY, "--steps", "5000", "--out", str(out)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = begin(ROOT / "latro.py", *TINY, "--steps", 5000, "--out", out)
     try:
         for _ in range(600):
             if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
