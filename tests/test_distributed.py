@@ -52,8 +52,8 @@ def work_as_torchrun(processes, jobs, folder):
     """The same in several processes: this file is the script."""
     path = Path(folder, "jobs.json")
     path.write_text(json.dumps([([*map(str, flags)], stop) for flags, stop in jobs]))
-    done = launch(path, processes=processes, script=Path(__file__))
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, _, errors = launch(path, processes=processes, script=Path(__file__))
+    assert code == 0, errors[-3000:]
 
 
 def begun(folder, model, **other):
@@ -87,9 +87,8 @@ WAYS = {  # of one process
     "micro 1": dict(micro=1), "micro 2": dict(micro=2), "micro 3 of 4": dict(micro=3),
     "checkpointing": dict(checkpointing=True),
     "checkpointing, micro 1": dict(checkpointing=True, micro=1)}
-TWO = {"2 processes": {}, "2 processes, micro 1": dict(micro=1),
-       "2 processes, checkpointing": dict(checkpointing=True)}
-FOUR = {"4 processes": dict(shard=0), "4 processes, shard 2": dict(shard=2)}
+TWO = {"2 processes": {}, "2 processes, checkpointing, micro 1": dict(checkpointing=True, micro=1)}
+FOUR = {"4 processes, 2 copies": dict(shard=2)}
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +179,8 @@ def test_resume_with_as_many_processes_is_bit_equal(outs, tmp_path):
     """The script itself, under torchrun. Released-code defect 13: resuming restarts step, data
     order and random numbers."""
     out = shutil.copytree(outs["stopped", 2], tmp_path / "out")
-    done = launch("--resume", "--out", out, processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, _, errors = launch("--resume", "--out", out, processes=2)
+    assert code == 0, errors[-3000:]
     assert untimed(rows(out)) == untimed(rows(outs["run", 2]))
     assert rows(out, "evals") == rows(outs["run", 2], "evals")
     assert contents(out)[WEIGHTS] == contents(outs["run", 2])[WEIGHTS]

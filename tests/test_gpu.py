@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_toy_trains(tmp_path):
-    """KL is exactly 0 at first though policy and reference hold other dtypes: both compute in bf16."""
+    """KL is exactly 0 at first: policy and reference differ in dtype, but both compute in bf16."""
     out = start(*TINY, "--steps", 4, "--checkpointing", out=tmp_path / "out")
     metrics = rows(out)
     assert metrics[0]["kl"] == 0.0 and all(math.isfinite(row["elbo"]) for row in metrics)

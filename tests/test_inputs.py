@@ -94,15 +94,15 @@ def test_number_of_processes(flags, words, refusal, monkeypatch):
 
 def test_one_line_also_from_the_shell():
     """What the cases above leave out: python itself, and the warnings of libraries."""
-    done = launch(*FLAGS, "--model", "nobody/nothing")
-    assert done.returncode == 1 and done.stdout == ""
-    says(line_of(done.stderr), "--model nobody/nothing", "directory")
+    code, printed, errors = launch(*FLAGS, "--model", "nobody/nothing")
+    assert code == 1 and printed == ""
+    says(line_of(errors), "--model nobody/nothing", "directory")
 
 
 def test_one_line_from_two_processes():
-    done = launch(*FLAGS, "--questions", 3, processes=2)
-    assert done.returncode != 0
-    lines = [s for s in done.stderr.splitlines() if "latro.py: " in s]
+    code, _, errors = launch(*FLAGS, "--questions", 3, processes=2)
+    lines = [s for s in errors.splitlines() if "latro.py: " in s]
+    assert code != 0
     assert len(lines) == 1 and "--questions 3" in lines[0]  # the first process speaks for all
 
 
@@ -164,7 +164,8 @@ def test_model_that_is_not_there(model, refusal):
 
 @pytest.mark.parametrize("config, word", [
     (Gemma2Config(), "gemma2"), (T5Config(), "t5"), (GPT2Config(), "gpt2"),
-    (MambaConfig(), "mamba"), (CLIPConfig(), "clip"), (Qwen2Config(use_sliding_window=True, max_window_layers=9), "layers"),
+    (MambaConfig(), "mamba"), (CLIPConfig(), "clip"),
+    (Qwen2Config(use_sliding_window=True, max_window_layers=9), "layers"),
 ], ids=lambda v: getattr(v, "model_type", None))  # fmt: skip
 def test_unsupported_architecture(config, word, refusal):
     """Refused by its configuration alone: its weights are not even there."""

@@ -250,9 +250,11 @@ def test_truncation_penalty_is_a_constant_for_what_was_cut(tmp_path):
 
 
 def test_temperature_acts(tmp_path, default):
-    """Released-code defect 8: its flag is ignored. As T goes to 0 rationales become the same."""
-    cold = two(tmp_path, "--temperature", 0.01)[0]
-    assert cold["reward_std"] < 1e-3 < rows(default)[0]["reward_std"]
+    """Released-code defect 8: its flag is ignored. As T goes to 0 rationales become the same, and
+    pi(z|x) certain of them."""
+    cold, warm = two(tmp_path, "--temperature", 0.01)[0], rows(default)[0]
+    assert cold["reward_std"] < 1e-3 < warm["reward_std"]
+    assert cold["entropy"] < 1e-3 < warm["entropy"]
     assert cold["kl"] == 0.0
 
 

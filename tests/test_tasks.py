@@ -1,5 +1,5 @@
 """Text in and text out: answers are graded as a reader would, real rows become questions, and token
-ids are those that the tokenizer writes itself: one BOS, whole templates, no meaning read into ids."""
+ids are those that the tokenizer itself writes: one BOS, whole templates, no guess from an id."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast)
 
+import kernels
 import latro
 from conftest import ROOT, TOY
 
@@ -217,9 +218,9 @@ PROMPTS = [[3, 4, 0, 1, 30, 0, 6, 7, 4], [0, 0, 1, 4], [1, 5, 24, 30, 0]]  # 0 p
 def test_pad_and_eos_inside_a_row_are_tokens_like_others(policy):
     """Released-code defect 13: its masks come from comparing ids with pad and EOS."""
     plain = AutoModelForCausalLM.from_pretrained(TOY)
-    group = [latro.Rationale([], [24, 0, 1, 30], 4, [0, 31, 1], 4, False),
-             latro.Rationale([], [1], 0, [8, 9, 10, 0, 1], 0, False)]  # EOS at once: y follows x
-    tree = latro.plant(PROMPTS, [group] * len(PROMPTS), 1.0, policy)
+    group = [kernels.Rationale([], [24, 0, 1, 30], 4, [0, 31, 1], 4, False),
+             kernels.Rationale([], [1], 0, [8, 9, 10, 0, 1], 0, False)]  # EOS at once: y follows x
+    tree = kernels.plant(PROMPTS, [group] * len(PROMPTS), 1.0, policy)
     with torch.no_grad():
         ours, theirs = policy.logprobs(tree), []
         for x in PROMPTS:
@@ -233,7 +234,7 @@ def test_pad_and_eos_inside_a_row_are_tokens_like_others(policy):
 
 def test_pad_and_eos_inside_a_prompt_do_not_change_its_continuation(policy):
     plain = AutoModelForCausalLM.from_pretrained(TOY)
-    together = latro.sample(policy, PROMPTS, [[8, 9, 10]], [1], 1, 20, None)
+    together = kernels.sample(policy, PROMPTS, [[8, 9, 10]], [1], 1, 20, None)
     for x, (ids, *_) in zip(PROMPTS, together, strict=True):
         x = torch.tensor([x])
         theirs = plain.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=20,
