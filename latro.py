@@ -357,12 +357,13 @@ def score(policy, reference, batch: list[Example], groups: list[list[Rationale]]
         logp, logp0, *tree.offsets, K, args.beta, bound=args.bound, reward=args.reward,
         answer_weight=args.answer_weight, penalty=args.truncation_penalty * cut, total=N)
 
-def records(groups: list[list[Rationale]], s: Scores) -> list[list[dict]]:
-    """What is known of each rationale, in plain numbers; nats and tokens."""
+def records(codec: Codec, groups: list[list[Rationale]], s: Scores) -> list[list[dict]]:
+    """What is known of each rationale: its text, sums in nats, lengths in tokens."""
     sums = {k: v.tolist() for k, v in s._asdict().items() if k != "weights" and v is not None}
     sums = iter([dict(zip(sums, row)) for row in zip(*sums.values())])
-    return [[next(sums) | dict(z_len=r.length, finished=not r.cut, actions=len(r.actions),
-                               answers=len(r.y)) for r in g] for g in groups]
+    return [[next(sums) | dict(text=codec.text(r.actions), z_len=r.length, finished=not r.cut,
+                               actions=len(r.actions), answers=len(r.y)) for r in g]
+            for g in groups]
 
 def summary(questions: list[list[dict]]) -> dict:
     """Means over rationales; elbo is E[log pi(y|x+z)] - KL for any beta, None without pi_0."""
@@ -394,7 +395,7 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
             best = rollout(policy, codec, batch, slots, 0, args, 1, room, greedy=True)
             drawn = rollout(policy, codec, batch, slots, 0, args, k, room)
             for e, (greedy,), group in zip(batch, best, drawn):
-                [rows] = records([group], score(policy, reference, [e], [group], args)[1])
+                [rows] = records(codec, [group], score(policy, reference, [e], [group], args)[1])
                 done.append(dict(question=e.ask, gold=e.gold, **reply(e, greedy),
                                  samples=[row | reply(e, r) for row, r in zip(rows, group)]))
     return gather(done)
@@ -576,12 +577,11 @@ def train(args: Args) -> None:
                 logp, s = score(policy, reference, x, z, args)
             with timed(seconds, "backward"):
                 backward(-(s.weights * logp).sum())
-            rows += records(z, s)
+            rows += records(codec, z, s)
         with timed(seconds, "step"):
             norm, lr = update(policy, optimizer, step, args)
-        step, texts = step + 1, [dict(text=codec.text(r.actions)) for r in groups[0]]
-        log(args, "samples.jsonl", dict(step=step, split="train", question=batch[0].ask,
-                                        z=[t | row for t, row in zip(texts, rows[0])]))
+        step += 1
+        log(args, "samples.jsonl", dict(step=step, split="train", question=batch[0].ask, z=rows[0]))
         rows = gather(rows)
         log(args, "metrics.jsonl", dict(step=step, epoch=step * epoch, **(row := summary(rows)),
                                         grad_norm=norm, lr=lr, **speed(rows, seconds)))

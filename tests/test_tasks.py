@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers)
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast)
 
@@ -240,3 +241,25 @@ def test_pad_and_eos_inside_a_prompt_do_not_change_its_continuation(policy):
         theirs = plain.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=20,
                                 do_sample=False)
         assert ids == theirs[0, x.shape[1]:].tolist()[:len(ids)] and ids
+
+
+def test_a_period_and_a_newline_in_one_token():
+    """Tokenizers after Llama 3's and Qwen's pattern have a token ".\\n": no template can begin
+    inside it, and none has to, for what the model then writes ends with the bare template."""
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(["It is 3.\nThe answer is 4. The answer is 5.\n\n"] * 50, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
+    codec = latro.Codec(tokenizer, "qa", [0])
+    for before in ("3.\n", "3. ", "3\n", "3\n\n", ""):
+        ids = tokenizer(f"{before}The answer is")["input_ids"]
+        assert any(ids[-len(s):] == list(s) for s in codec.stops), before
+    assert tokenizer.decode(tokenizer("It is 3.\n")["input_ids"][-1:]) == ".\n"
+    assert tokenizer.decode(codec.join) == " The answer is"
