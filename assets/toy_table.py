@@ -29,18 +29,19 @@ import latro  # noqa: E402
 
 ROWS = HERE / "toy_table.jsonl"
 FIVE, TWO = range(5), range(2)
-SFT = "--objective sft --questions 32 --micro 32 --steps 2400 --lr 1e-3 --warmup 20 --eval-every 400"
+SFT = "--objective sft --questions 32 --micro 32 --lr 1e-3 --warmup 20 --steps"
 ARMS = {  # name: (seeds, flags, control)
     "base": ([0], None, None),
     "latro": (FIVE, "", None),
-    "sft": (TWO, SFT, None),
+    "sft, 5 epochs": (TWO, f"{SFT} 600", None),
+    "sft, 19 epochs": ([0], f"{SFT} 2400 --eval-every 400", None),
     "A = 0": (TWO, "", "zero"),
     "A shuffled": (TWO, "", "shuffled"),
     **{f"credit {c}, answer weight {w}": (TWO, f"--credit {c} --answer-weight {w}", None)
        for c in ("answer", "full") for w in (0, 0.1, 1)},
     "second base": ([0], None, None),
     "second base, latro": (FIVE, "", None),
-    "second base, sft": ([0], SFT, None),
+    "second base, sft, 5 epochs": ([0], f"{SFT} 600", None),
 }
 
 
