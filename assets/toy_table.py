@@ -2,8 +2,7 @@
 
     python toy/make.py --seed 1 --out runs/second    the second base, from another pretraining seed
     python assets/toy_table.py                       train what is missing, print the table
-    python assets/toy_table.py --split validation    the same on validation, which choices hang on
-    python assets/toy_table.py --arms latro sft      some arms only
+    python assets/toy_table.py --choices             credit and answer weight, on validation
 
 An arm is latro.py with some flags, or with its credit broken on purpose (the controls). Runs are
 kept in --runs. An evaluated arm adds a row to assets/toy_table.jsonl and is not made again. --jobs
@@ -30,6 +29,8 @@ import latro  # noqa: E402
 ROWS = HERE / "toy_table.jsonl"
 FIVE, TWO = range(5), range(2)
 SFT = "--objective sft --questions 32 --micro 32 --lr 1e-3 --warmup 20 --steps"
+CHOICES = {f"credit {c}, answer weight {w}": (TWO, f"--credit {c} --answer-weight {w}", None)
+           for c in ("answer", "full") for w in (0, 0.1, 1)}
 ARMS = {  # name: (seeds, flags, control)
     "base": ([0], None, None),
     "latro": (FIVE, "", None),
@@ -37,8 +38,6 @@ ARMS = {  # name: (seeds, flags, control)
     "sft, 19 epochs": ([0], f"{SFT} 2400 --eval-every 400", None),
     "A = 0": (TWO, "", "zero"),
     "A shuffled": (TWO, "", "shuffled"),
-    **{f"credit {c}, answer weight {w}": (TWO, f"--credit {c} --answer-weight {w}", None)
-       for c in ("answer", "full") for w in (0, 0.1, 1)},
     "second base": ([0], None, None),
     "second base, latro": (FIVE, "", None),
     "second base, sft, 5 epochs": ([0], f"{SFT} 600", None),
@@ -100,7 +99,7 @@ def evaluation(model: str, base: str, split: str, questions: int, k: int = 8) ->
 def run_arm(name: str, seed: int, args: Namespace) -> None:
     """Trains an arm unless it lies in --runs already, evaluates it, and adds its row."""
     torch.set_num_threads(1)
-    _, flags, control = ARMS[name]
+    _, flags, control = (ARMS | CHOICES)[name]
     base = args.second if name.startswith("second") else str(HERE.parent / "toy/model")
     model = base if flags is None else str(args.runs / f"{name.replace(' ', '_')}-{seed}")
     if not Path(model, "config.json").exists():
@@ -114,13 +113,13 @@ def run_arm(name: str, seed: int, args: Namespace) -> None:
         f.write(json.dumps(row | evaluation(model, base, args.split, args.questions)) + "\n")
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], arms: list[str]) -> str:
     """Markdown: the range over seeds where there are several."""
     head = ["arm", "seeds", "greedy", "T = 1", "maj@8", "log p(y\\|x)", "log p(y\\|x+z)", "ELBO",
             "KL", "length"]
     keys = ["greedy", "sampled", "maj", "logp_direct", "logp_y", "elbo", "kl", "z_len"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in ARMS:
+    for name in arms:
         of = [r for r in rows if r["arm"] == name]
         cells = [name, str(len(of))]
         for key in keys:
@@ -133,19 +132,20 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--choices", action="store_true", help="other arms, on validation")
     parser.add_argument("--questions", type=int, default=1000, help="at most, of the split")
     parser.add_argument("--runs", type=Path, default=Path("runs/toy"))
     parser.add_argument("--second", default="runs/second/model", help="the second base")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.split = "validation" if args.choices else "test"
+    arms = {"base": ARMS["base"]} | CHOICES if args.choices else ARMS
     if args.one:
         return run_arm(args.one[0], int(args.one[1]), args)
     have = lambda: [json.loads(s) for s in ROWS.read_text().splitlines()] if ROWS.exists() else []
     made = {(r["arm"], r["seed"], r["split"]) for r in have()}
-    todo = [(a, s) for a in args.arms for s in ARMS[a][0] if (a, s, args.split) not in made]
+    todo = [(a, s) for a in arms for s in arms[a][0] if (a, s, args.split) not in made]
     jobs: list[subprocess.Popen] = []
     while todo or jobs:
         while todo and len(jobs) < args.jobs:
@@ -158,7 +158,7 @@ def main() -> None:
             jobs.remove(job)
             if job.returncode:
                 raise SystemExit("an arm failed; its message is above")
-    print(table([r for r in have() if r["split"] == args.split]))
+    print(table([r for r in have() if r["split"] == args.split], list(arms)))
 
 
 if __name__ == "__main__":
