@@ -58,7 +58,7 @@ def flag(default, help: str, choices=None, least=None):
 
 @dataclasses.dataclass
 class Args:
-    """The settings of a run. None stands for the task's preset."""
+    """The settings of a run. What is None here, and more for the toy, is set by PRESETS."""
     model: str = flag(None, "hub id or directory (default: the toy that ships with this file)")
     task: str = flag(None, "what is asked", ("gsm8k", "arc_challenge", "toy", "qa"))
     data: str = flag(None, "directory with train.jsonl and test.jsonl, or a hub id")
@@ -104,7 +104,7 @@ def parse(argv: list[str] | None) -> Args:
         how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool
                else dict(type=f.type, choices=f.metadata["choices"]))
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f.metadata["help"], **how)
+                            help=f"{f.metadata['help']} (default: {f.default})", **how)
     parser.error = refuse
     given = vars(parser.parse_args(argv))
     task = given.get("task") or ("gsm8k" if "model" in given else "toy")

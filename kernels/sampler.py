@@ -6,8 +6,9 @@ What a row draws hangs on its own random numbers alone, not on the rows beside i
 import torch
 from torch import Tensor
 
+import kernels  # as a whole: the choice of `kernels.use` counts when a token is picked
+
 from .attention import tree_mask, window
-import kernels
 
 
 class Cache:
