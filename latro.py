@@ -315,10 +315,10 @@ class Codec:
 def rollout(policy, codec: Codec, batch: list[Example], slots: list[int], stream: int, args: Args,
             K: int, room: int = 0, greedy: bool = False) -> list[list[Rationale]]:
     """K rationales a question; their randomness hangs on (seed, stream, slot), not on the batch."""
-    chance = lambda *key: np.random.default_rng(key).random((K, args.L + room))
-    uniform = torch.tensor(np.concatenate([chance(args.seed, stream, slot) for slot in slots]))
-    drawn = iter(sample(policy, [e.x for e in batch], codec.stops, codec.eos, K, args.L,
-                        None if greedy else uniform, args.temperature, room))
+    uniform = None if greedy else torch.tensor(np.concatenate([np.random.default_rng(
+        (args.seed, stream, slot)).random((K, args.L + room)) for slot in slots]))
+    drawn = iter(sample(policy, [e.x for e in batch], codec.stops, codec.eos, K, args.L, uniform,
+                        args.temperature, room))
     return [[conclude(codec, *next(drawn), e.answer, args.credit) for _ in range(K)] for e in batch]
 
 def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:

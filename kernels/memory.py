@@ -12,7 +12,7 @@ def memory_table(config, args, questions: int, x: int = 256) -> str:
     of a prompt. Bytes a parameter, split over the GPUs: 4 master weight, 8 Adam, 4 gradient, 2
     reference; whole in a rollout: 2. Estimates: the activations, a checkpoint a layer or about 16
     hidden states a layer, and three logit chunks of the log-probs."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # it may be loading when this package is imported
 
     K, L, micro = args.K, args.L, args.micro
     with torch.device("meta"):
