@@ -88,7 +88,7 @@ class Args:
     seed: int = flag(0, "of the data order and the samples", least=0)
     resume: bool = flag(False, "go on from the last checkpoint in --out")
     plan: bool = flag(False, "print the memory that training needs, load no weights")
-    kernels: str = flag("auto", "the fused operations", ("auto", *kernels.BACKENDS))
+    kernels: str = flag("auto", "the fused operations", kernels.BACKENDS)
 
 PRESETS = {  # where a task differs from the paper's GSM8K run, which the defaults above are
     "toy": dict(model=str(HERE / "toy/model"), data=str(HERE / "toy"), L=48, lr=3e-4, steps=50,
@@ -550,7 +550,7 @@ def train(args: Args) -> None:
     device, stopping = connect(), []
     for number in (signal.SIGTERM, signal.SIGINT):  # once: finish the update; twice: leave at once
         signal.signal(number, lambda n, _: (stopping.append(n), signal.signal(n, signal.SIG_DFL)))
-    kernels.use(args.kernels)
+    kernels.use(args.kernels, Problem)
     codec, questions, held_out = prepare(args)
     policy, reference = load(args, device, torch.float32), None
     if args.objective == "latro" and args.beta > 0:  # in the dtype that the policy computes in

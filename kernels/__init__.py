@@ -1,49 +1,63 @@
 """The operations that LaTRO spends its time in, behind one switch.
 
-`reference.py` defines them in plain torch and is what runs today, on CPU and on CUDA. A faster
-implementation is a module with some of the same names, listed in BACKENDS after it.
+`reference.py` defines them in plain torch. `token_logprob.py` and `rationale_score.py` are the same
+functions in Triton: what runs on CUDA unless `use` says otherwise.
 
 transformers has use for a hub client that is also called `kernels`, and would take this package for
 it where that one is installed. So this one comes first, and says that the other is not there.
 """
 
 from functools import wraps
-from types import ModuleType
+from importlib import import_module
+from importlib.util import find_spec
+from os import environ
 
+import torch
 from transformers import utils
 
 from . import reference
 from .attention import attention, context, tree_mask, unsupported, window
 from .memory import memory_table
-from .reference import Scores, score_given, span_sums
+from .reference import Scores, pick_tokens, score_given, span_sums
 from .sampler import sample
 from .tree import Rationale, Tree, conclude, gold_rationale, plant
 
 for module in (utils, utils.import_utils):
     module.is_kernels_available = lambda *_, **__: False
 
-BACKENDS: dict[str, ModuleType] = {"torch": reference}
-chosen = reference
+BACKENDS = "auto", "triton", "torch"
+TRITON = find_spec("triton") is not None
+chosen = "auto"
 
 
-def use(name: str) -> None:
-    """Chooses the implementation: "torch", "triton", or "auto" for the fastest that runs here.
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter: on any machine, slowly, for tests."""
+    return environ.get("TRITON_INTERPRET") == "1"
 
-    Raises ValueError for one that does not."""
+
+def use(name: str, error: type[Exception] = ValueError) -> None:
+    """Chooses the implementation: "triton", "torch", or "auto": Triton for what is on a GPU.
+
+    Raises `error` for what cannot run here."""
     global chosen
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{name}: no such kernels here; there is auto, {', '.join(BACKENDS)}")
-    chosen = list(BACKENDS.values())[-1] if name == "auto" else BACKENDS[name]
+    if name not in BACKENDS:
+        raise error(f"kernels {name!r}: there are {', '.join(BACKENDS)}")
+    if name == "triton" and not (TRITON and (torch.cuda.is_available() or interpreted())):
+        raise error("--kernels triton needs Triton and a CUDA device; auto takes what runs here")
+    chosen = name
 
 
-def dispatched(definition):
-    """The chosen module's function of this name; the definition where it has none."""
+def dispatched(definition, module: str):
+    """`definition`, or where Triton's turn has come the function of its name in `module`."""
     @wraps(definition)
-    def call(*args, **options):
-        return getattr(chosen, definition.__name__, definition)(*args, **options)
+    def call(tensor, *args, **options):
+        fits = TRITON and (tensor.is_cuda or interpreted())
+        if chosen == "torch" or chosen == "auto" and not fits:
+            return definition(tensor, *args, **options)
+        fused = import_module(f".{module}", __name__)  # late: without a GPU nobody waits for triton
+        return getattr(fused, definition.__name__)(tensor, *args, **options)
     return call
 
 
-token_logprobs = dispatched(reference.token_logprobs)
-score_rationales = dispatched(reference.score_rationales)
-pick_tokens = dispatched(reference.pick_tokens)
+token_logprobs = dispatched(reference.token_logprobs, "token_logprob")
+score_rationales = dispatched(reference.score_rationales, "rationale_score")

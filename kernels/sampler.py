@@ -6,9 +6,8 @@ What a row draws hangs on its own random numbers alone, not on the rows beside i
 import torch
 from torch import Tensor
 
-import kernels  # as a whole: the choice of `kernels.use` counts when a token is picked
-
 from .attention import tree_mask, window
+from .reference import pick_tokens
 
 
 class Cache:
@@ -90,7 +89,7 @@ def sample(policy, prompts: list[list[int]], stops: list[list[int]], eos: list[i
     row, running = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)
     for t in range(L + room):
         chance = None if uniform is None else uniform[row, t]
-        token = kernels.pick_tokens(decoder.logits, chance, temperature)
+        token = pick_tokens(decoder.logits, chance, temperature)
         ids[row, t] = token.where(running, -1)
         is_eos = torch.isin(token, eos)
         stop = -is_eos.long()

@@ -23,9 +23,15 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 
+CUDA = torch.cuda.is_available
+if not CUDA():  # Triton decides while it is imported, for good, whether it interprets kernels
+    os.environ["TRITON_INTERPRET"] = "1"
+import kernels
 import latro
 
-CUDA = torch.cuda.is_available
+if kernels.TRITON:
+    from kernels import rationale_score, token_logprob  # noqa: F401
+os.environ.pop("TRITON_INTERPRET", None)  # a test that wants them says so; others run plain torch
 TOY = ROOT / "toy" / "model"
 TIMES = ("seconds", "tokens_per_s", "peak_mem_gb")  # in metrics.jsonl, never twice the same
 HELD = tempfile.TemporaryDirectory()  # the head of the toy's data: quicker to tokenise

@@ -175,12 +175,12 @@ def test_greedy_is_generate(name):
 @pytest.fixture
 def seen(monkeypatch) -> list[torch.Tensor]:
     """The logits that the sampler draws from, step by step."""
-    steps, pick = [], kernels.pick_tokens
+    steps, pick = [], kernels.sampler.pick_tokens
 
     def spy(logits, *rest):
         steps.append(logits.double())
         return pick(logits, *rest)
-    monkeypatch.setattr(kernels, "pick_tokens", spy)
+    monkeypatch.setattr(kernels.sampler, "pick_tokens", spy)
     return steps
 
 

@@ -1,0 +1,116 @@
+"""What packed rationales are worth, in one launch: sums, reward, advantage, weights of the tokens.
+
+One program a question. Its K rationales are rows of a [K, BLOCK] tile that walks along all of them
+at once, each from its own offset, with the sums kept in registers; then K rewards make K advantages
+and a second walk writes the weights. No atomics: deterministic. The longest rationale is found on
+the device, so that nothing waits for the host, and costs steps, not memory.
+
+Reads 8 bytes a token (two float32 log-probs) and writes 4, for about 10 FLOPs. The 48 x 16
+rationales of 500 tokens of an update are 4.6 MB: not bandwidth counts but that one launch replaces
+dozens. So a tile is small, 2048 numbers in 4 warps, which leaves registers for 64-bit offsets, and
+a question has one program.
+
+The iwae bound's leave-one-out log-sum-exp takes O(K), without cancellation: the sum over the others
+is at least 1 (in units of the largest term) for all but the largest itself, whose others are summed
+again in units of the second largest.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import Scores
+
+TILE = 2048  # numbers a program handles at once, more where K wants it
+
+
+@triton.jit
+def sums_of(logp, z0, y0, end, longest, BLOCK: tl.constexpr):
+    """Sums over each row's z and y, (K_PAD,) float32 each."""
+    lane = tl.arange(0, BLOCK)[None, :]
+    on_z = tl.zeros((z0.shape[0], BLOCK), tl.float32)
+    on_y = tl.zeros((z0.shape[0], BLOCK), tl.float32)
+    for step in range(0, longest, BLOCK):
+        at = z0[:, None] + step + lane
+        value = tl.load(logp + at, at < end[:, None], 0.0).to(tl.float32)
+        on_z += tl.where(at < y0[:, None], value, 0.0)
+        on_y += tl.where(at < y0[:, None], 0.0, value)
+    return tl.sum(on_z, 1), tl.sum(on_y, 1)
+
+
+@triton.jit
+def leave_one_out(r, k, K: tl.constexpr):
+    """log mean exp of r, of all but each, and softmax(r). r: the largest is 0; padded with -inf."""
+    e = tl.exp(r)
+    total = tl.sum(e, 0)
+    best = tl.argmax(r, 0)
+    rest = tl.where(k == best, float("-inf"), r)
+    second = tl.max(rest, 0)
+    without_best = second + tl.log(tl.sum(tl.exp(rest - second), 0))
+    others = tl.where(k == best, without_best, tl.log(total - tl.where(k == best, 0.0, e)))
+    return tl.log(total / K), others - tl.log(1.0 * (K - 1)), e / total
+
+
+@triton.jit
+def score_question(logp, logp0, z_start, y_start, ends, penalties, sum_z, sum0_z, sum_y, reward,
+                   advantage, weights, penalty, beta, answer_weight, share, K: tl.constexpr,
+                   K_PAD: tl.constexpr, BLOCK: tl.constexpr, IWAE: tl.constexpr,
+                   PROB: tl.constexpr):
+    k = tl.arange(0, K_PAD)
+    live, n = k < K, tl.program_id(0).to(tl.int64) * K + k
+    z0, y0 = tl.load(z_start + n, live, 0), tl.load(y_start + n, live, 0)
+    end = tl.load(ends + n, live, 0)
+    longest = tl.max(end - z0, 0)
+    logp_z, logp_y = sums_of(logp, z0, y0, end, longest, BLOCK)
+    gain = tl.exp(logp_y) if PROB else logp_y
+    r = gain - penalty
+    if penalties is not None:
+        r -= tl.load(penalties + n, live, 0.0).to(tl.float32)
+    if logp0 is not None:
+        logp0_z, _ = sums_of(logp0, z0, y0, y0, longest, BLOCK)
+        r -= beta * (logp_z - logp0_z)
+        tl.store(sum0_z + n, logp0_z, live)
+    if IWAE:
+        filled = tl.where(live, r, float("-inf"))  # only differences count: no digits for the rest
+        whole, others, s = leave_one_out(filled - tl.max(filled, 0), k, K)
+        A = whole - others
+        on_z, on_y = K * (A - beta * s), K * s
+    else:
+        A = (r - tl.sum(tl.where(live, r, 0.0), 0) / K) * (K / (K - 1))
+        on_z, on_y = A, gain if PROB else tl.full((K_PAD,), 1.0, tl.float32)
+    on_z, on_y = on_z * share, on_y * answer_weight * share
+    tl.store(sum_z + n, logp_z, live)
+    tl.store(sum_y + n, logp_y, live)
+    tl.store(reward + n, r, live)
+    tl.store(advantage + n, A, live)
+    lane = tl.arange(0, BLOCK)[None, :]
+    for step in range(0, longest, BLOCK):
+        at = z0[:, None] + step + lane
+        value = tl.where(at < y0[:, None], on_z[:, None], on_y[:, None])
+        tl.store(weights + at, value, at < end[:, None])
+
+
+@torch.no_grad()
+def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_start: Tensor,
+                     end: Tensor, K: int, beta: float, *, bound: str = "elbo",
+                     reward: str = "logp", answer_weight: float = 1.0,
+                     penalty: Tensor | float = 0.0, total: int | None = None) -> Scores:
+    """reference.score_rationales, which says what all of it means, in one launch; float32 out.
+
+    Tokens of no rationale get weight 0. Raises ValueError for K < 2."""
+    if K < 2:
+        raise ValueError(f"K = {K}: the leave-one-out baseline needs at least 2 rationales")
+    logp, logp0, z_start, y_start, end, each = (
+        x.contiguous() if isinstance(x, Tensor) else None
+        for x in (logp, logp0, z_start, y_start, end, penalty))
+    N, groups, rows = len(end), len(end.view(-1, K)), triton.next_power_of_2(K)
+    block = max(16, TILE // rows)
+    logp_z, logp0_z, logp_y, r, A = logp.new_empty(5, N, dtype=torch.float32)
+    weights = torch.zeros_like(logp, dtype=torch.float32)
+    with torch.cuda.device_of(logp):
+        score_question[groups,](
+            logp, logp0, z_start, y_start, end, each, logp_z, logp0_z, logp_y, r, A, weights,
+            penalty if each is None else 0.0, beta, answer_weight, 1 / (total or N), K, rows,
+            block, bound == "iwae", reward == "prob", num_warps=min(32, rows * block // 512))
+    return Scores(logp_z, None if logp0 is None else logp0_z, logp_y, r, A, weights)

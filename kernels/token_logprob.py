@@ -1,0 +1,246 @@
+"""Token log-probabilities without the [T, V] logits: log softmax(H W^T / temperature)[target].
+
+H (T, D) hidden states, W (V, D) the language model's head; nats. FLOPs: 2TDV a matrix product; one
+forward, three backward (the logits again, dH, dW), two where W or H is frozen. At T = 16384,
+D = 4096, V = 128256 a product is 17.2 TFLOP.
+
+Forward: a tiled product. A tile's logits live in float32 registers only; it leaves one partial
+log-sum-exp a row, in [V / 256, T] float32 (33 MB there), and the target's logit where that lies in
+the tile. Nothing is added atomically, so that two runs agree to the bit.
+
+Backward: a chunk of the *vocabulary* at a time. The same tile, hence the same logits to the bit as
+in the forward pass, ends in dZ = (onehot - p) g, formed in float32 and rounded once; then the
+vendor's GEMM makes all of dW[chunk] = dZ^T H at once and adds dZ W[chunk] to dH, kept in float32.
+With chunks of tokens instead, all of dW would be read and written once a chunk.
+Beyond dH and dW: dZ of at most 268 MB, and 4TD bytes (268 MB there) for dH in float32.
+
+Why these tiles: 128 x 256 is the largest whose accumulator (128 registers a thread in 8 warps)
+leaves room for the epilogue, and the larger a tile, the less H and W are read again:
+2TDV (1/128 + 1/256) bytes in bfloat16 from L2. Programs run in groups of 16 row tiles, so that the
+tiles at work at one time (16 x 8 on 132 multiprocessors) share 34 MB of H and W, which L2 holds:
+DRAM then sees W once per 2048 rows of H, 8.5 GB in all there, not the 67 GB of row-major order.
+Hopper loads tiles through TMA descriptors, which free the registers that pointers need.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import reference
+
+IGNORED = -100
+DZ_BYTES = 2**28  # of the buffer for dZ: it sets how many columns of the vocabulary go together
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, for tests
+
+
+class Tile(NamedTuple):
+    """Rows, columns and depth of a program's product; how it is launched."""
+
+    T: int
+    V: int
+    D: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+
+TMA = Tile(128, 256, 64, 8, 4, tma=True)
+POINTERS = Tile(128, 256, 64, 8, 3)
+SMALL = Tile(64, 64, 32, 4, 2)  # off the tensor cores' fast path: what cannot be hurried
+
+
+@triton.jit
+def tile_of(T, V, BT: tl.constexpr, BV: tl.constexpr):
+    """First row and column of this program's tile: 16 row tiles go together, column by column."""
+    rows, columns = tl.cdiv(T, BT), tl.cdiv(V, BV)
+    pid = tl.program_id(0)
+    i, j = tl.swizzle2d(pid // columns, pid % columns, rows, columns, 16)
+    return i * BT, j * BV
+
+
+@triton.jit
+def logits_tile(H, W, row, column, T, V, D, h_stride, w_stride, scale,
+                BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """[BT, BV] of H W^T scale, in float32; past row T or column V there is no telling what."""
+    rows = tl.minimum(row + tl.arange(0, BT), T - 1).to(tl.int64)
+    columns = tl.minimum(column + tl.arange(0, BV), V - 1).to(tl.int64)
+    depth = tl.arange(0, BD)
+    z = tl.zeros((BT, BV), tl.float32)
+    for d in range(0, D, BD):
+        if TMA:
+            h, w = H.load([row, d]), W.load([column, d])
+        else:
+            inside = (d + depth < D)[None, :]
+            h = tl.load(H + rows[:, None] * h_stride + (d + depth)[None, :], inside, 0.0)
+            w = tl.load(W + columns[:, None] * w_stride + (d + depth)[None, :], inside, 0.0)
+        if INTERPRETED:  # numpy knows no bfloat16; its products are exact in float32
+            h, w = h.to(tl.float32), w.to(tl.float32)
+        z = tl.dot(h, w.T, z, input_precision="ieee")
+    return z * scale
+
+
+@triton.jit
+def forward_tile(H, W, targets, partial, chosen, T, V, D, h_stride, w_stride, scale,
+                 BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    row, column = tile_of(T, V, BT, BV)
+    z = logits_tile(H, W, row, column, T, V, D, h_stride, w_stride, scale, BT, BV, BD, TMA)
+    rows, columns = row + tl.arange(0, BT), column + tl.arange(0, BV)
+    z = tl.where(columns[None, :] < V, z, float("-inf"))
+    top = tl.max(z, 1)
+    lse = top + tl.log(tl.sum(tl.exp(z - top[:, None]), 1))
+    tl.store(partial + (column // BV).to(tl.int64) * T + rows, lse, rows < T)
+    target = tl.load(targets + rows, rows < T, -1)
+    own = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
+    here = (rows < T) & (target >= column) & (target < tl.minimum(column + BV, V))
+    tl.store(chosen + rows, own, here)
+
+
+@triton.jit
+def backward_tile(H, W, targets, lse, upstream, dZ, first, width, T, V, D, h_stride, w_stride,
+                  dz_stride, scale, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+                  TMA: tl.constexpr):
+    """dZ[:, :width] is that of the vocabulary from `first` on, `width` a multiple of BV."""
+    row, column = tile_of(T, width, BT, BV)
+    z = logits_tile(H, W, row, first + column, T, V, D, h_stride, w_stride, scale,
+                    BT, BV, BD, TMA)
+    rows, columns = row + tl.arange(0, BT), column + tl.arange(0, BV)
+    target = tl.load(targets + rows, rows < T, -1)
+    total, g = tl.load(lse + rows, rows < T, 0.0), tl.load(upstream + rows, rows < T, 0.0)
+    p = tl.exp(z - total[:, None])
+    dz = (tl.where((first + columns)[None, :] == target[:, None], 1.0, 0.0) - p) * g[:, None]
+    if TMA:
+        dZ.store([row, column], dz.to(dZ.dtype))
+    else:
+        at = dZ + rows.to(tl.int64)[:, None] * dz_stride + columns[None, :]
+        tl.store(at, dz.to(dZ.dtype.element_ty), (rows < T)[:, None])
+
+
+def tile_for(hidden: Tensor, weight: Tensor) -> Tile:
+    """How to launch: the tensor cores would round float32 to TF32, and fast loads want rows that
+    begin at 16 bytes. TMA descriptors are Hopper's and later data centre GPUs'."""
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+                  for x in (hidden, weight))
+    if hidden.dtype == torch.float32 or not aligned:
+        return SMALL
+    arch = 0 if INTERPRETED.value else triton.runtime.driver.active.get_current_target().arch
+    return TMA if arch // 10 in (9, 10) else POINTERS
+
+
+def operands(tile: Tile, hidden: Tensor, weight: Tensor) -> list:
+    """H and W as a kernel takes them."""
+    if not tile.tma:
+        return [hidden, weight]
+    return [TensorDescriptor.from_tensor(x, [n, tile.D]) for x, n in
+            ((hidden, tile.T), (weight, tile.V))]
+
+
+@torch.library.custom_op("latro::token_logprobs", mutates_args=())
+def forward(hidden: Tensor, weight: Tensor, targets: Tensor,
+            temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and log-sum-exps, (T,) float32 each."""
+    (T, D), V = hidden.shape, len(weight)
+    tile = tile_for(hidden, weight)
+    rows, columns = triton.cdiv(T, tile.T), triton.cdiv(V, tile.V)
+    partial = hidden.new_empty(columns, T, dtype=torch.float32)
+    chosen = hidden.new_full((T,), torch.nan, dtype=torch.float32)
+    if T:
+        with torch.cuda.device_of(hidden):
+            forward_tile[rows * columns,](
+                *operands(tile, hidden, weight), targets, partial, chosen, T, V, D,
+                hidden.stride(0), weight.stride(0), 1 / temperature, tile.T, tile.V, tile.D,
+                tile.tma, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    lse = partial.logsumexp(0)
+    return (chosen - lse).masked_fill(targets == IGNORED, 0.0), lse
+
+
+@torch.library.custom_op("latro::token_logprobs_backward", mutates_args=())
+def backward(hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor,
+             temperature: float, need_h: bool, need_w: bool) -> tuple[Tensor, Tensor]:
+    """dH and dW in the operands' dtype; empty where it is not needed."""
+    (T, D), V = hidden.shape, len(weight)
+    dH = hidden.new_zeros(T if need_h else 0, D, dtype=torch.float32)
+    dW = weight.new_zeros(V, D) if need_w and not T else weight.new_empty(V if need_w else 0, D)
+    upstream = (upstream / temperature).masked_fill(targets == IGNORED, 0.0)
+    for first, dZ in gradient_chunks(hidden, weight, targets, lse, upstream, 1 / temperature):
+        some = slice(first, first + dZ.shape[1])
+        if need_w:
+            torch.mm(dZ.T, hidden, out=dW[some])
+        if need_h:
+            add_product(dH, dZ, weight[some])
+    return dH.to(hidden.dtype), dW
+
+
+def gradient_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor,
+                    upstream: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+    """First column of the vocabulary and dZ (T, columns), chunk by chunk, in one buffer."""
+    (T, D), V = hidden.shape, len(weight)
+    if not T:
+        return
+    tile = tile_for(hidden, weight)
+    most = max(1, DZ_BYTES // (T * hidden.element_size() * tile.V))
+    width = tile.V * min(most, triton.cdiv(V, tile.V))
+    # An interpreted kernel rounds to bfloat16 towards 0: there, leave the rounding to torch.
+    buffer = hidden.new_empty(T, width, dtype=torch.float32 if INTERPRETED.value else None)
+    target = TensorDescriptor.from_tensor(buffer, [tile.T, tile.V]) if tile.tma else buffer
+    for first in range(0, V, width):
+        used = min(width, triton.cdiv(V - first, tile.V) * tile.V)
+        with torch.cuda.device_of(hidden):
+            backward_tile[triton.cdiv(T, tile.T) * (used // tile.V),](
+                *operands(tile, hidden, weight), targets, lse, upstream, target, first, used,
+                T, V, D, hidden.stride(0), weight.stride(0), width, scale, tile.T, tile.V,
+                tile.D, tile.tma, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        yield first, buffer[:, :V - first].to(hidden.dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, accumulated in float32 throughout."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # no CPU kernel multiplies in one dtype and adds in another
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+@forward.register_fake
+def _(hidden, weight, targets, temperature):
+    return tuple(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
+
+
+@backward.register_fake
+def _(hidden, weight, targets, lse, upstream, temperature, need_h, need_w):
+    return (hidden.new_empty(len(hidden) if need_h else 0, hidden.shape[1]),
+            weight.new_empty(len(weight) if need_w else 0, weight.shape[1]))
+
+
+def remember(ctx, inputs, output):
+    *tensors, ctx.temperature = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def gradients(ctx, upstream, _):
+    need_h, need_w, *_ = ctx.needs_input_grad
+    dH, dW = backward(*ctx.saved_tensors, upstream, ctx.temperature, need_h, need_w)
+    return dH if need_h else None, dW if need_w else None, None, None
+
+
+forward.register_autograd(gradients, setup_context=remember)
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor,
+                   temperature: float = 1.0) -> Tensor:
+    """log softmax(hidden @ weight.T / temperature)[targets], as (T,) float32 nats.
+
+    hidden (T, D) and weight (V, D) in bfloat16, float16 or float32, differentiable in both; of two
+    dtypes the wider one counts. targets (T,) int64: -100 gives 0 and no gradient, any other number
+    outside the vocabulary NaN. Saves the operands and one number a row for the backward pass.
+    float64 goes to the definition, chunked torch."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype == torch.float64:
+        return reference.token_logprobs(hidden, weight, targets, temperature)
+    rows = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden.to(dtype), weight.to(dtype)))
+    return forward(*rows, targets.contiguous(), temperature)[0]
