@@ -3,29 +3,20 @@
     python -m kernels.bench logprob --models Llama-3.1-8B --tokens 16384 --plot
     python -m kernels.bench score|sample|tune
 
-Every candidate is first held against a wider computation on the very inputs it is timed on, and
-one that is off is not timed. Rounds go from candidate to candidate, so that a drifting clock hits
-all alike. "floor" is what the hardware does for the same shape in the same rounds: matrix products
-without a softmax, a copy, a read. Writes DIR/NAME.json and DIR/NAME.md after every shape. Exit
-code 1 where a candidate was wrong. Without CUDA a toy's shapes run on the CPU, and Triton does not.
+Every candidate is first held against a wider computation on the very inputs it is timed on; one
+that is wrong is not timed, and the exit code is 1. Rounds go from candidate to candidate, so that
+a drifting clock hits all alike. "floor" is what the hardware takes for the bare products, copy or
+read of that shape, in the same rounds. DIR/NAME.json and .md are written after every shape.
+Without CUDA a toy runs on the CPU, our kernels not at all: an interpreter's times mean nothing.
 """
 
-import argparse
-import json
-import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import time
+import argparse, json, math, os, platform, shlex, shutil, subprocess, sys, time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache, partial
-from importlib.metadata import version
+from importlib import import_module, metadata
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,235 +27,255 @@ from torch import Tensor
 from . import TRITON, reference
 
 MODELS = {  # width D, vocabulary V
-    "Llama-3.1-8B": (4096, 128256), "Llama-3.2-1B": (2048, 128256),
-    "Phi-3.5-mini": (3072, 32064), "Mistral-7B-v0.3": (4096, 32768),
-    "Qwen2.5-0.5B": (896, 151936), "SmolLM2-135M": (576, 49152), "toy": (64, 512)}
-OURS, FLOOR = "triton", "floor"
-WARM_UP = 2  # rounds
-CALLS = 10  # of what takes microseconds, to one measurement
-NO_CUDA = "not run: no CUDA device"
-LOGIT_BYTES = {"plain": 12, "compile": 4, "linear_cross_entropy": 6}  # [T, V] at its peak, at least
-TILES = (  # T, V, D, warps, stages
+    "Llama-3.1-8B": (4096, 128256), "Llama-3.2-1B": (2048, 128256), "Phi-3.5-mini": (3072, 32064),
+    "Mistral-7B-v0.3": (4096, 32768), "Qwen2.5-0.5B": (896, 151936), "SmolLM2-135M": (576, 49152),
+    "toy": (64, 512)}
+OURS, FLOOR, WARM_UP = "triton", "floor", 2
+NO_CUDA, OLD_TORCH = "not run: no CUDA device", "not in this torch"
+LOGIT_BYTES = {"plain": 12, "compile": 4, "linear_cross_entropy": 6}  # of [T, V], at the very least
+TILES = [  # T, V, D, warps, stages
     *((128, 256, 64, 8, s) for s in (3, 4)), *((256, 128, 64, 8, s) for s in (3, 4)),
-    *((128, 128, 64, w, s) for w in (4, 8) for s in (3, 4, 5)),
-    *((64, 256, 64, 4, s) for s in (3, 4)), *((128, 256, 32, 8, s) for s in (4, 6)),
-    (128, 256, 128, 8, 2), *((128, 128, 128, 8, s) for s in (2, 3)))
-
+    *((128, 128, 64, w, s) for w in (4, 8) for s in (3, 4, 5)), (128, 256, 32, 8, 6),
+    *((64, 256, 64, 4, s) for s in (3, 4)), (128, 256, 128, 8, 2), (128, 128, 128, 8, 3)]
 
 class Problem(Exception):
     """One sentence for the user: what is wrong, and the way out."""
 
+class Task(NamedTuple):
+    """What is to be computed, and by whom. A pass maps its name to a function that prepares it and
+    returns what is timed, `calls` times in a row where one takes microseconds."""
 
-def on_cuda() -> bool:
-    return torch.cuda.is_available()
-
+    shape: dict[str, object]
+    candidates: dict[str, Callable | str]  # by name; a str says why there is none
+    tolerance: float
+    errors: Callable  # candidate -> by name of the result
+    passes: Callable  # candidate -> by name of the pass
+    floor: dict[str, Callable]
+    calls: int = 10
 
 def device() -> str:
-    return "cuda" if on_cuda() else "cpu"
-
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 # ---------------------------------------------------------------------------------- measuring
-def mark() -> float | torch.cuda.Event:
-    """This moment: of the GPU's queue, or of the clock on the wall."""
-    if not on_cuda():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(first: float | torch.cuda.Event, last: float | torch.cuda.Event) -> float:
-    """Seconds."""
-    if isinstance(first, float):
-        return last - first
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3
-
-
 @cache
 def scratch() -> Tensor:
     return torch.empty(2**28, dtype=torch.uint8, device="cuda")
 
-
-def clear() -> None:
-    """Empties the L2 cache; meanwhile the host gets ahead with its launches, as in training."""
-    if on_cuda():
-        scratch().zero_()
-
-
-def calls(action: Callable[[], object]) -> dict[str, float]:
-    """Seconds of one call out of CALLS in a row."""
-    clear()
-    first = mark()
-    for _ in range(CALLS):
+def seconds(prepare: Callable, calls: int) -> float:
+    """Of one call, from a cold L2 cache: while that is being emptied the host gets ahead with its
+    launches, as it does in training."""
+    action = prepare()
+    if device() == "cpu":
+        first = time.perf_counter()
+        for _ in range(calls):
+            action()
+        return (time.perf_counter() - first) / calls
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    scratch().zero_()
+    first.record()
+    for _ in range(calls):
         action()
-    return dict(call=between(first, mark()) / CALLS)
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3 / calls
 
-
-def extra_bytes(action: Callable[[], object]) -> int:
-    """The peak of `action` over what was allocated before."""
+def extra_bytes(prepare: Callable) -> int:
+    """The peak of a call, beyond what was allocated before and what it returns."""
+    action = prepare()
+    action()  # workspaces are there from now on
+    action = prepare()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    action()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def free_bytes() -> int:
-    """Of the GPU; without one, the machine's memory."""
-    if not on_cuda():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0]
-
+    returned = action()
+    peak = torch.cuda.max_memory_allocated()
+    return peak - before - sum(x.nbytes for x in returned if x is not None)
 
 def quartiles(samples: list[float]) -> dict[str, float]:
-    """Of a sorted sample's straight-line interpolation."""
     at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    return dict(zip(("q1", "median", "q3"),
-                    torch.tensor(samples, dtype=torch.float64).quantile(at).tolist()))
-
+    values = torch.tensor(samples, dtype=torch.float64).quantile(at)
+    return dict(zip(("q1", "median", "q3"), values.tolist()))
 
 def relative(x: Tensor, truth: Tensor) -> float:
-    """max |x - truth| over max |truth|."""
+    """max |x - truth| / max |truth|."""
     return float((x.to(truth.dtype) - truth).abs().max() / truth.abs().max())
 
-
-@contextmanager
-def shortage_noted(row: dict) -> Iterator[None]:
-    """Too little memory, on the device or in a multiprocessor, is a result: a note in the row."""
-    from triton.runtime.errors import OutOfResources
+def attempt(row: dict, action: Callable, *args):
+    """Too little memory, of the GPU or of one multiprocessor, is a result: a note in the row."""
+    short = import_module("triton.runtime.errors").OutOfResources if TRITON else MemoryError
     try:
-        yield
-    except torch.OutOfMemoryError:
-        row["note"] = "out of memory"
-    except OutOfResources as e:
-        row["note"] = f"does not fit: {e.name}, {e.required} needed, {e.limit} there"
-    if row["note"] and on_cuda():
-        torch.cuda.empty_cache()
+        return action(*args)
+    except (torch.OutOfMemoryError, short) as e:
+        row["note"] = str(e).split(". ")[0]  # advice follows
 
-
-def measure(task, rounds: int) -> list[dict]:
-    """A row a candidate, the floor first. A task has `shape` and `tolerance`, `candidates` by name
-    (functions, or why there is none), and methods: `errors` of a candidate by name of the result,
-    `passes`: its seconds by name of the pass, `floor`: those of the floor, `memory`: peak bytes."""
-    torch.compiler.reset()  # it gives up on a function that has seen many shapes
-    rows = {FLOOR: dict(candidate=FLOOR, note=None)}
-    for name, fn in task.candidates.items():
-        rows[name] = row = dict(candidate=name, note=fn if isinstance(fn, str) else None)
-        if not row["note"]:
-            with shortage_noted(row):
-                row |= inspect(task, fn)
-    jobs = {FLOOR: task.floor} | {name: partial(task.passes, fn) for name, fn in
-                                  task.candidates.items() if not rows[name]["note"]}
-    samples = {name: [] for name in jobs}
-    for _ in range(WARM_UP + rounds):
-        for name, job in jobs.items():
-            if not rows[name]["note"]:
-                with shortage_noted(rows[name]):
-                    samples[name].append(job())
-    for name in jobs:
-        if not rows[name]["note"]:
-            rows[name]["seconds"] = {p: quartiles([s[p] for s in samples[name][WARM_UP:]])
-                                     for p in samples[name][0]}
-    return compared([*rows.values()])
-
-
-def inspect(task, fn: Callable) -> dict:
-    """Errors and memory of a candidate; a note where it computes something else."""
+def check(task: Task, fn: Callable, row: dict) -> None:
+    """Errors and memory of a candidate, or a note that it computes something else."""
     errors = task.errors(fn)
-    wrong = [f"{k} is off by {e:.2g}" for k, e in errors.items() if not e <= task.tolerance]
-    row = dict(error={k: e if math.isfinite(e) else None for k, e in errors.items()})
-    return row | (dict(note="wrong: " + ", ".join(wrong)) if wrong else task.memory(fn))
+    row["error"] = {k: e if math.isfinite(e) else None for k, e in errors.items()}
+    if wrong := [f"{k} is off by {e:.2g}" for k, e in errors.items() if not e <= task.tolerance]:
+        row["note"] = "wrong: " + ", ".join(wrong)
+    elif device() == "cuda":
+        row["peak_bytes"] = {p: extra_bytes(prepare) for p, prepare in task.passes(fn).items()}
 
+def measure(task: Task, only: list[str] | None, rounds: int) -> list[dict]:
+    """A row for the floor and for each candidate: those timed, the fastest first; then the rest."""
+    torch.compiler.reset()  # it gives up on a function that has seen many shapes
+    if unknown := [name for name in only or () if name not in task.candidates]:
+        raise Problem(f"--only {unknown[0]}: choose from {', '.join(task.candidates)}")
+    rows = {FLOOR: dict(candidate=FLOOR, note=None)}
+    jobs = {FLOOR: task.floor}
+    for name in only or task.candidates:
+        fn = task.candidates[name]
+        rows[name] = row = dict(candidate=name, note=fn if isinstance(fn, str) else None)
+        if callable(fn):
+            attempt(row, check, task, fn, row)
+            jobs[name] = task.passes(fn)
+    samples = {(name, p): [] for name in jobs for p in task.floor}
+    for _, (name, p) in product(range(WARM_UP + rounds), samples):
+        if rows[name]["note"] is None:
+            samples[name, p].append(attempt(rows[name], seconds, jobs[name][p], task.calls))
+    times = {name: {p: quartiles(samples[name, p][WARM_UP:]) for p in task.floor}
+             for name in jobs if rows[name]["note"] is None}
+    return compared(rows, times)
 
-def compared(rows: list[dict]) -> list[dict]:
-    """Fraction of the floor reached, time over that of our kernel; fastest first, notes last."""
-    by_name = {row["candidate"]: row.get("seconds") for row in rows}
-    for row in rows:
-        for key, to in (("fraction", FLOOR), ("ratio", OURS)):
-            if by_name.get(to) and "seconds" in row:
-                own = {p: s["median"] / by_name[to][p]["median"] for p, s in row["seconds"].items()}
-                row[key] = {p: 1 / x if key == "fraction" else x for p, x in own.items()}
-    last = [*rows[0]["seconds"]][-1]
-    return [rows[0], *sorted(rows[1:], key=lambda row: row["seconds"][last]["median"]
-                             if "seconds" in row else math.inf)]
+def compared(rows: dict[str, dict], times: dict[str, dict]) -> list[dict]:
+    """Rows with times, the fraction of the floor that they reach, and the ratio to ours; sorted."""
+    median = {name: {p: t["median"] for p, t in own.items()} for name, own in times.items()}
+    ours, floor = median.get(OURS, {}), median[FLOOR]
+    for name, own in median.items():
+        rows[name] |= dict(seconds=times[name], fraction={p: floor[p] / own[p] for p in own},
+                           ratio={p: own[p] / ours[p] for p in ours})
+    last = {name: [*own.values()][-1] for name, own in median.items()} | {FLOOR: 0.0}
+    return sorted(rows.values(), key=lambda row: last.get(row["candidate"], math.inf))
 
-
-# ---------------------------------------------------------------------------------- logprob, tune
+# ---------------------------------------------------------------------------------- candidates
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-
 
 def compiled(fn: Callable) -> Callable | str:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     return torch.compile(fn, dynamic=False) if compiler else "not run: no C++ compiler"
 
+def on_gpu(module: str, name: str) -> Callable | str:
+    """A function that runs on CUDA only, from a module that may not be installed."""
+    if not find_spec(module.split(".")[0]) or module.startswith("kernels.") and not TRITON:
+        return "not installed"
+    return getattr(import_module(module), name) if device() == "cuda" else NO_CUDA
 
-def triton_function(module: str, name: str) -> Callable | str:
-    """Ours. Triton's interpreter would run it on a CPU, but its times mean nothing."""
-    if not (TRITON and on_cuda()):
-        return NO_CUDA
-    return getattr(__import__(f"kernels.{module}", fromlist=[name]), name)
-
-
-def of_torch(chunked: bool) -> Callable | str:
-    """torch's own: "reference path" with all logits, or chunks of tokens."""
-    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return "not in this torch"
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-    return lambda h, w, t: -F.linear_cross_entropy(h, w, t, reduction="none",
-                                                   options=options).float()
-
-
-def liger() -> Callable | str:
-    if not find_spec("liger_kernel") or not on_cuda():
-        return NO_CUDA if find_spec("liger_kernel") else "not installed"
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as nll
-    return lambda h, w, t: -nll(h, w, t, reduction="none").float()
-
-
-def cce(**options) -> Callable | str:
-    if not find_spec("cut_cross_entropy") or not on_cuda():
-        return NO_CUDA if find_spec("cut_cross_entropy") else "not installed"
-    from cut_cross_entropy import linear_cross_entropy as nll
-    return lambda h, w, t: -nll(h, w, t, reduction="none", **options).float()
-
+def negated(nll: Callable | str, **options) -> Callable | str:
+    return nll if isinstance(nll, str) else lambda *x: -nll(*x, reduction="none", **options).float()
 
 def logprob_candidates() -> dict[str, Callable | str]:
     """(hidden, weight, targets) -> (T,) float32, or why there is no such function here."""
-    return {
-        OURS: triton_function("token_logprob", "token_logprobs"),
-        "reference": reference.token_logprobs,
-        "plain": plain,
-        "compile": compiled(plain),
-        "linear_cross_entropy": of_torch(chunked=False),
-        "linear_cross_entropy_chunked": of_torch(chunked=True),
-        "liger": liger(),
-        "cce": cce(),
-        "cce_unfiltered": cce(filter_eps=None)}
+    liger = on_gpu("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+    cce = on_gpu("cut_cross_entropy", "linear_cross_entropy")
+    nll = getattr(F, "linear_cross_entropy", OLD_TORCH)
+    chunks = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    chunked = negated(nll, options=chunks()) if chunks else OLD_TORCH
+    return {OURS: on_gpu("kernels.token_logprob", "token_logprobs"),
+            "reference": reference.token_logprobs, "plain": plain, "compile": compiled(plain),
+            "linear_cross_entropy": negated(nll), "linear_cross_entropy_chunked": chunked,
+            "liger": negated(liger), "cce": negated(cce),
+            "cce_unfiltered": negated(cce, filter_eps=None)}
 
+# ---------------------------------------------------------------------------------- tasks
+def logprob_inputs(T: int, D: int, V: int) -> tuple[Tensor, ...]:
+    """hidden (T, D) ~ N(0, 1), weight (V, D) ~ N(0, 1/D), targets and upstream (T,); bfloat16, on a
+    CPU float32. Every other row is moved along its target's direction until that has p of about
+    0.98: where a model is sure, rounding shows in the gradients."""
+    torch.manual_seed(0)
+    H, W, upstream = (torch.randn(n, device=device()) for n in ((T, D), (V, D), (T,)))
+    targets = torch.randint(V, (T,), device=device())
+    toward = W.div_(D**0.5)[targets[::2]]
+    H[::2] += (math.log(V) + 4.5) * toward / toward.square().sum(1, keepdim=True)
+    dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+    return H.to(dtype), W.to(dtype), targets, upstream
 
-class Logprob:
-    """log softmax(H W^T)[t], its gradients for an arbitrary upstream; bfloat16, on a CPU float32.
+def logprob_task(model: str, T: int, frozen: str | None, candidates: dict) -> Task:
+    """Tolerance: CCE's filter and sums in bfloat16 pass, a wrong sign or missing term does not."""
+    D, V = MODELS[model]
+    H, W, targets, upstream = logprob_inputs(T, D, V)
+    H.requires_grad_(frozen != "hidden"), W.requires_grad_(frozen != "weight")
+    wide, tolerance = (torch.float32, 0.1) if device() == "cuda" else (torch.float64, 1e-3)
+    leaves = [x for x in (H, W) if x.requires_grad]
 
-    H standard normal, W normal with variance 1 / D, so logits have variance 1; every other row is
-    moved along its target's direction until the target has p of about 0.98."""
+    def forward(fn: Callable) -> tuple[Tensor]:
+        with torch.no_grad():
+            return fn(H.detach(), W.detach(), targets),
 
-    def __init__(self, model: str, T: int, frozen: str | None, candidates: dict):
-        D, V = MODELS[model]
-        self.shape = dict(model=model, T=T, D=D, V=V, frozen=frozen)
-        self.tolerance = 0.1 if on_cuda() else 1e-3  # a wrong sign or a missing term is 1
-        random = partial(torch.randn, device=device(),
-                         generator=torch.Generator(device()).manual_seed(0))
-        H, W, self.upstream = random(T, D), random(V, D) / D**0.5, random(T)
-        self.targets = torch.randint(V, (T,), device=device(), generator=random.keywords["generator"])
-        toward = W[self.targets[::2]]
-        H[::2] += (math.log(V) + 4.5) * toward / toward.square().sum(1, keepdim=True)
-        dtype = torch.bfloat16 if on_cuda() else torch.float32
-        self.H = H.to(dtype).requires_grad_(frozen != "hidden")
-        self.W = W.to(dtype).requires_grad_(frozen != "weight")
-        del H, W, toward
-        wide = torch.float32 if on_cuda() else torch.float64
-        self.truth = self.results(lambda h, w, t: reference.token_logprobs(h.to(wide), w.to(wide), t))
-        self.candidates = candidates | {n: why for n, why in self.misfits() if callable(candidates.get(n))}
+    def backward(logp: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return logp.detach(), *torch.autograd.grad(logp, leaves, upstream.to(logp.dtype))
 
+    def full(fn: Callable, to: torch.dtype = H.dtype) -> tuple[Tensor, ...]:
+        operands = [x.detach().to(to).requires_grad_(x.requires_grad) for x in (H, W)]
+        return backward(fn(*operands, targets), *(x for x in operands if x.requires_grad))
+
+    truth = full(reference.token_logprobs, wide)
+    names = ["logp", *(n for n, x in (("dH", H), ("dW", W)) if x.requires_grad)]
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] if device() == "cuda" else math.inf
+    unfit = {name: f"does not fit: {n * T * V / 1e9:.0f} GB for [T, V], {free / 1e9:.0f} GB free"
+             for name, n in LOGIT_BYTES.items() if name in candidates and n * T * V > free}
+    return Task(
+        dict(model=model, T=T, D=D, V=V, frozen=frozen), candidates | unfit, tolerance,
+        lambda fn: dict(zip(names, map(relative, full(fn), truth))),
+        lambda fn: dict(forward=lambda: partial(forward, fn),
+                        backward=lambda: partial(backward, fn(H, W, targets), *leaves),
+                        full=lambda: partial(full, fn)),
+        products(H, W, free), calls=1)
+
+def products(H: Tensor, W: Tensor, free: float) -> dict[str, Callable]:
+    """The matrix products that the passes contain: H W^T; again, with those of dH and dW; all.
+    Over chunks of the vocabulary where [T, V] takes more than half of the free bytes."""
+    (T, D), V, needed = H.shape, len(W), (H.requires_grad, W.requires_grad)
+    H, W = H.detach(), W.detach()
+    width = min(V, max(256, int(min(free, 2**40)) // (2 * T * H.element_size())))
+    room, dH, dW = H.new_empty(T * width), torch.empty_like(H), torch.empty_like(W)
+
+    def run(*gradients: bool) -> None:
+        for backward, first in product(gradients, range(0, V, width)):
+            w = W[first:first + width]
+            z = torch.mm(H, w.T, out=room[:T * len(w)].view(T, len(w)))
+            if backward and needed[0]:
+                dH.addmm_(z, w, beta=float(first > 0))
+            if backward and needed[1]:
+                torch.mm(z.T, H, out=dW[first:first + width])
+    return dict(forward=lambda: partial(run, False), backward=lambda: partial(run, True),
+                full=lambda: partial(run, False, True))
+
+def score_task(questions: int, K: int, L: int, bound: str) -> Task:
+    """Ragged: z of 1 to L tokens, y of 1 to 8."""
+    torch.manual_seed(0)
+    lengths = torch.stack([torch.randint(1, n + 1, (questions * K,)) for n in (L, 8)], 1).flatten()
+    at = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device())
+    logp, noise = torch.randn(2, int(at[-1]), device=device())
+    inputs = logp, logp + 0.1 * noise, at[:-1:2], at[1::2], at[2::2], K, 0.05
+    moved, room = torch.randn(2, 3 * len(logp) // 2, device=device())
+    wide = (x.double() if x is logp or x is inputs[1] else x for x in inputs)
+    truth = reference.score_rationales(*wide, bound=bound)
+    return Task(
+        dict(questions=questions, K=K, L=L, bound=bound, bytes=12 * len(logp)),
+        {OURS: on_gpu("kernels.rationale_score", "score_rationales"),
+         "reference": reference.score_rationales, "compile": compiled(reference.score_rationales)},
+        1e-3, lambda fn: dict(zip(truth._fields, map(relative, fn(*inputs, bound=bound), truth))),
+        lambda fn: dict(call=lambda: partial(fn, *inputs, bound=bound)),
+        dict(call=lambda: partial(room.copy_, moved)))
+
+def sample_task(rows: int, V: int) -> Task:
+    """Error: by how many standard deviations the draws' log-probs miss their expectation."""
+    torch.manual_seed(0)
+    logits, uniform = 3 * torch.randn(rows, V, device=device()), torch.rand(rows, device=device())
+    logp = logits.double().log_softmax(-1)
+    mean = (logp.exp() * logp).sum(-1, keepdim=True)
+    deviation = (logp.exp() * (logp - mean)**2).sum().sqrt()
+
+    def inverse(x: Tensor) -> Tensor:
+        return reference.pick_tokens(x, uniform, 1.0)
+    return Task(
+        dict(rows=rows, V=V, bytes=logits.nbytes),
+        {"inverse": inverse, "compile": compiled(inverse),
+         "multinomial": lambda x: x.softmax(-1).multinomial(1)[:, 0],
+         "gumbel": lambda x: (x.softmax(-1) / torch.empty_like(x).exponential_()).argmax(-1)}, 5.0,
+        lambda fn: {"draws (sigma)": float(
+            (logp.gather(1, fn(logits)[:, None]) - mean).sum().abs() / deviation)},
+        lambda fn: dict(call=lambda: lambda: (fn(logits),)),
+        dict(call=lambda: partial(logits.amax, -1)))

@@ -1,0 +1,94 @@
+"""Compiles every kernel for a GPU that is not there, exactly as the wrappers would launch it there.
+
+    python tests/aot.py 90        one JSON line a kernel: what it costs on sm_90
+
+A stand-in for the driver names the target, a launch only compiles, and ptxas and cuobjdump, which
+come with Triton, say what became of it. Values are checked elsewhere, by interpreter.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from kernels import rationale_score, token_logprob
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Absent:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def cost(compiled) -> dict:
+    """What ptxas made of a kernel: registers a thread, bytes of stack and shared memory, and how
+    often the instructions that matter occur."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage, sass = (subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True,
+                                      check=True).stdout for flag in ("-res-usage", "-sass"))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    count = {name: len(re.findall(rf"\b{name}", sass)) for name in
+             ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "ATOM", "RED")}
+    return dict(registers=registers, stack=stack, shared=compiled.metadata.shared,
+                f64=compiled.asm["ptx"].count(".f64"), **count)
+
+
+def launches():
+    """Calls of the wrappers, each with a label: every way in which they launch a kernel."""
+    for dtype, D, V in ((torch.bfloat16, 64, 1008), (torch.float16, 64, 1008),
+                        (torch.bfloat16, 63, 1001), (torch.float32, 64, 1008)):
+        h, W = (torch.zeros(n, D, dtype=dtype, requires_grad=True) for n in (300, V))
+        targets = torch.zeros(300, dtype=torch.long)
+        yield (dict(dtype=str(dtype).removeprefix("torch."), D=D),
+               lambda: token_logprob.token_logprobs(h, W, targets, 0.7).sum().backward())
+    for K in (2, 16, 100, 512):
+        start, logp, each = torch.arange(0, 3 * K, 3), torch.zeros(3 * K), torch.zeros(K)
+        for options in (dict(logp0=logp, penalty=each), dict(logp0=None, penalty=0.5, reward="prob"),
+                        dict(logp0=logp, bound="iwae")):
+            yield (dict(K=K, given=", ".join(options)),
+                   lambda: rationale_score.score_rationales(
+                       logp, z_start=start, y_start=start + 1, end=start + 3, K=K, beta=0.05,
+                       **options))
+
+
+def main(arch: int) -> None:
+    driver.set_active(Absent(arch))
+    run, label = JITFunction.run, {}
+
+    def compile_only(kernel, *args, warmup, **options):
+        compiled = run(kernel, *args, warmup=True, **options)
+        print(json.dumps(dict(kernel=kernel.__name__, **label, triton=triton.__version__,
+                              warps=options.get("num_warps", 4), **cost(compiled))))
+        return compiled
+    JITFunction.run = compile_only
+    for label, call in launches():
+        call()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
