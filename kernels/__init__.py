@@ -8,7 +8,6 @@ it where that one is installed. So this one comes first, and says that the other
 """
 
 from functools import wraps
-from importlib import import_module
 from importlib.util import find_spec
 from os import environ
 
@@ -47,17 +46,18 @@ def use(name: str, error: type[Exception] = ValueError) -> None:
     chosen = name
 
 
-def dispatched(definition, module: str):
-    """`definition`, or where Triton's turn has come the function of its name in `module`."""
+def dispatched(definition):
+    """`definition`, or the function of its name in Triton where that one's turn has come."""
     @wraps(definition)
     def call(tensor, *args, **options):
         fits = TRITON and (tensor.is_cuda or interpreted())
         if chosen == "torch" or chosen == "auto" and not fits:
             return definition(tensor, *args, **options)
-        fused = import_module(f".{module}", __name__)  # late: without a GPU nobody waits for triton
+        from . import rationale_score, token_logprob  # late: Triton takes its time to load
+        fused = token_logprob if definition is reference.token_logprobs else rationale_score
         return getattr(fused, definition.__name__)(tensor, *args, **options)
     return call
 
 
-token_logprobs = dispatched(reference.token_logprobs, "token_logprob")
-score_rationales = dispatched(reference.score_rationales, "rationale_score")
+token_logprobs = dispatched(reference.token_logprobs)
+score_rationales = dispatched(reference.score_rationales)

@@ -30,6 +30,8 @@ MODELS = {  # width D, vocabulary V
     "Llama-3.1-8B": (4096, 128256), "Llama-3.2-1B": (2048, 128256), "Phi-3.5-mini": (3072, 32064),
     "Mistral-7B-v0.3": (4096, 32768), "Qwen2.5-0.5B": (896, 151936), "SmolLM2-135M": (576, 49152),
     "toy": (64, 512)}
+RATIONALES = (48, 16, 500), (3, 16, 500), (8, 16, 48)  # questions, K, L
+ROWS = 16, 256, 768  # of a decoding step
 OURS, FLOOR, WARM_UP = "triton", "floor", 2
 NO_CUDA, OLD_TORCH = "not run: no CUDA device", "not in this torch"
 LOGIT_BYTES = {"plain": 12, "compile": 4, "linear_cross_entropy": 6}  # of [T, V], at the very least
@@ -116,8 +118,9 @@ def check(task: Task, fn: Callable, row: dict) -> None:
     elif device() == "cuda":
         row["peak_bytes"] = {p: extra_bytes(prepare) for p, prepare in task.passes(fn).items()}
 
-def measure(task: Task, only: list[str] | None, rounds: int) -> list[dict]:
-    """A row for the floor and for each candidate: those timed, the fastest first; then the rest."""
+def measure(make: Callable[[], Task], only: list[str] | None, rounds: int) -> tuple[dict, list]:
+    """The shape, and a row for the floor and for each candidate: the timed ones first, by time."""
+    task = make()
     torch.compiler.reset()  # it gives up on a function that has seen many shapes
     if unknown := [name for name in only or () if name not in task.candidates]:
         raise Problem(f"--only {unknown[0]}: choose from {', '.join(task.candidates)}")
@@ -135,7 +138,7 @@ def measure(task: Task, only: list[str] | None, rounds: int) -> list[dict]:
             samples[name, p].append(attempt(rows[name], seconds, jobs[name][p], task.calls))
     times = {name: {p: quartiles(samples[name, p][WARM_UP:]) for p in task.floor}
              for name in jobs if rows[name]["note"] is None}
-    return compared(rows, times)
+    return task.shape, compared(rows, times)
 
 def compared(rows: dict[str, dict], times: dict[str, dict]) -> list[dict]:
     """Rows with times, the fraction of the floor that they reach, and the ratio to ours; sorted."""
@@ -279,3 +282,180 @@ def sample_task(rows: int, V: int) -> Task:
             (logp.gather(1, fn(logits)[:, None]) - mean).sum().abs() / deviation)},
         lambda fn: dict(call=lambda: lambda: (fn(logits),)),
         dict(call=lambda: partial(logits.amax, -1)))
+
+# ---------------------------------------------------------------------------------- commands
+Tasks = Iterator[Callable[[], Task]]
+
+def logprob(args: argparse.Namespace) -> Tasks:
+    """Log-probs, and gradients for an arbitrary upstream. forward is without, full with gradients;
+    floor: 1 matrix product, 3 (backward) and 4 (full). extra GB: peak of each pass beyond operands
+    and results (log-probs, dH, dW). error: max |x - wide| / max |wide|."""
+    for model, T in product(args.models, args.tokens):
+        yield partial(logprob_task, model, T, args.frozen, logprob_candidates())
+
+def score(args: argparse.Namespace) -> Tasks:
+    """Log-probs of packed rationales to rewards, advantages and token weights. floor: a copy of the
+    12 bytes a token that have to move. error: max |x - wide| / max |wide|."""
+    for shape, bound in product(RATIONALES, ("elbo", "iwae")):
+        yield partial(score_task, *shape, bound)
+
+def sample(args: argparse.Namespace) -> Tasks:
+    """A token for each row of float32 logits, its log-prob not included. floor: reading them once.
+    There is no fused kernel for this: the table shows whether one would pay."""
+    for V, rows in product({MODELS[model][1]: 0 for model in args.models}, ROWS):
+        yield partial(sample_task, rows, V)
+
+def tune(args: argparse.Namespace) -> Tasks:
+    """logprob of our kernel, by tile (rows x columns x depth, warps, stages; by TMA or pointers) and
+    by size of the buffer for dZ. triton: as it is."""
+    if device() == "cpu":
+        raise Problem("tune: needs a CUDA device; --help lists what runs without one")
+    from . import token_logprob as ours
+    held = dict(tile_for=ours.tile_for, DZ_BYTES=ours.DZ_BYTES)
+
+    def having(**settings) -> Callable:
+        def fn(*operands: Tensor) -> Tensor:  # its backward pass comes before anyone else's forward
+            vars(ours).update(held | settings)
+            return ours.token_logprobs(*operands)
+        return fn
+
+    candidates = {OURS: having()} | {f"dZ of 2^{n} bytes": having(DZ_BYTES=2**n) for n in range(26, 30)}
+    by = (True, False) if torch.cuda.get_device_capability()[0] in (9, 10) else (False,)
+    for (*sizes, warps, stages), tma in product(TILES, by):
+        tile = ours.Tile(*sizes, warps, stages, tma)
+        name = f"{'x'.join(map(str, sizes))}, {warps}w, {stages}s{', TMA' * tma}"
+        candidates[name] = having(tile_for=lambda *_, tile=tile: tile)
+    for model, T in product(args.models, args.tokens):
+        yield partial(logprob_task, model, T, args.frozen, candidates)
+    vars(ours).update(held)
+
+COMMANDS = {  # what makes the tasks, and its options beside those that all have
+    "logprob": (logprob, ("models", "tokens", "frozen", "plot")), "score": (score, ()),
+    "sample": (sample, ("models",)), "tune": (tune, ("models", "tokens", "frozen"))}
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise Problem(message)
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    every = [model for model in MODELS if model != "toy"] if device() == "cuda" else ["toy"]
+    tokens = [4096, 16384, 32768] if device() == "cuda" else [256]
+    models = dict(nargs="+", choices=MODELS, metavar="NAME", help=f"{', '.join(MODELS)}")
+    options = dict(
+        tokens=dict(nargs="+", type=count, metavar="T", help="rows of H"),
+        frozen=dict(choices=("weight", "hidden"), help="what wants no gradient"),
+        plot=dict(action="store_true", help="draw the full pass to DIR/logprob.png"),
+        only=dict(nargs="+", metavar="NAME", help="of the candidates"),
+        rounds=dict(type=count, default=15, metavar="N", help="(default: 15)"),
+        out=dict(type=Path, default=Path("bench"), metavar="DIR", help="(default: bench)"))
+    kind = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m kernels.bench", description=__doc__, **kind)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name, (tasks, flags) in COMMANDS.items():
+        about = " ".join(tasks.__doc__.split())
+        command = commands.add_parser(name, description=about, help=about.split(". ")[0])
+        for flag in (*flags, "only", "rounds", "out"):
+            command.add_argument(f"--{flag}", **(options | dict(models=models))[flag])
+        command.set_defaults(models=every, tokens=tokens)
+    commands.choices["tune"].set_defaults(models=["Llama-3.1-8B", "SmolLM2-135M"], tokens=[16384])
+    return parser.parse_args(argv)
+
+# ---------------------------------------------------------------------------------- reports
+def environment(argv: list[str]) -> dict:
+    """What a number needs to be worth something."""
+    git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    packages = "torch", "triton", "liger_kernel", "cut_cross_entropy"
+    done = shutil.which("git") and subprocess.run(git, cwd=Path(__file__).parent, text=True,
+                                                  capture_output=True)
+    return dict(
+        command=shlex.join(["python", "-m", "kernels.bench", *argv]),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=done.stdout.strip() or None if done else None,
+        device=torch.cuda.get_device_name() if device() == "cuda" else
+        f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        **{package: metadata.version(package) if find_spec(package) else None
+           for package in packages})
+
+def table(shape: dict, rows: list[dict]) -> str:
+    """Markdown: a line for each candidate, its passes side by side."""
+    def joined(row: dict, key: str, form: str, unit: float = 1) -> str:
+        values = row.get(key, {}).values()
+        return " / ".join("-" if v is None else f"{v / unit:{form}}" for v in values)
+
+    passes = list(rows[0]["seconds"])
+    results = next((" / ".join(row["error"]) for row in rows if "error" in row), "")
+    lines = [["candidate", *(f"{p}, ms" for p in passes), "of floor", f"x {OURS}", "extra GB",
+              f"error: {results}"], ["---"] * (len(passes) + 5)]
+    for row in rows:
+        times = [{k: f"{1e3 * s:.4g}" for k, s in t.items()} for t in row.get("seconds", {}).values()]
+        cells = [f"{t['median']} ({t['q1']} to {t['q3']})" for t in times]
+        lines.append([row["candidate"], *(cells or [row["note"]] + [""] * (len(passes) - 1)),
+                      joined(row, "fraction", ".2f"), joined(row, "ratio", ".2f"),
+                      joined(row, "peak_bytes", ".2f", 1e9), joined(row, "error", ".1e")])
+    title = ", ".join(f"{k} {v}" for k, v in shape.items() if v is not None)
+    return "\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+
+def draw(rows: list[dict], png: Path) -> None:
+    """Time and memory of the full pass by model, the smallest head first; a column for each T."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [row for row in rows if "seconds" in row]
+    heads = sorted({(row["V"], row["D"], row["model"]) for row in rows})
+    tokens, names = (list(dict.fromkeys(row[k] for row in rows)) for k in ("T", "candidate"))
+    panels = [("ms", 1e3, lambda row: row["seconds"]["full"]["median"])]
+    if any("peak_bytes" in row for row in rows):
+        panels.append(("extra GB", 1e-9, lambda row: row.get("peak_bytes", {}).get("full", math.nan)))
+    figure, axes = plt.subplots(len(panels), len(tokens), squeeze=False, layout="constrained",
+                                figsize=(4 + 3.5 * len(tokens), 1 + 3 * len(panels)))
+    for (axis, ((unit, scale, value), T)), name in product(
+            zip(axes.flat, product(panels, tokens)), names):
+        own = {row["model"]: scale * value(row) for row in rows
+               if (row["T"], row["candidate"]) == (T, name)}
+        axis.plot([own.get(model, math.nan) for *_, model in heads], color=f"C{names.index(name)}",
+                  marker=".", linestyle="--" if name == FLOOR else "-", label=name)
+        axis.set(yscale="log", title=f"T = {T}", ylabel=unit)
+        axis.set_xticks(range(len(heads)), [f"{m}\nV {V}, D {D}" for V, D, m in heads], rotation=60)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(png, dpi=150, facecolor="white")
+    plt.close(figure)
+
+def run(args: argparse.Namespace, argv: list[str]) -> list[dict]:
+    """Measures, prints and writes: after every task, for a run may be cut off."""
+    tasks, rows, about = COMMANDS[args.command][0], [], environment(argv)
+    text = "\n\n".join([" ".join(tasks.__doc__.split()), ", ".join(
+        f"{k} {v}" for k, v in about.items()), ""])
+    print(text, flush=True)
+    for make in tasks(args):
+        shape, some = measure(make, args.only, args.rounds)
+        rows, text = rows + [shape | row for row in some], text + table(shape, some) + "\n"
+        print(table(shape, some), flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for ending, written in (("json", json.dumps(about | dict(rows=rows), indent=1)), ("md", text)):
+            (args.out / f"{args.command}.{ending}").write_text(written)
+    return rows
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 1 after a line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parse(argv)
+        rows = run(args, argv)
+        if getattr(args, "plot", False):
+            draw(rows, args.out / "logprob.png")
+        if wrong := [row for row in rows if (row["note"] or "").startswith("wrong")]:
+            raise Problem(f"{wrong[0]['candidate']} is {wrong[0]['note']}; see {args.out}")
+    except (Problem, OSError) as e:
+        print(f"kernels.bench: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
