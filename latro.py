@@ -339,8 +339,7 @@ def logprobs(self: nn.Module, tree: Tree) -> Tensor:
     h = self.model(input_ids=tree.ids, attention_mask=tree.mask, position_ids=tree.position,
                    use_cache=False).last_hidden_state.flatten(0, 1)[tree.sources]
     self.eval()
-    h = h / tree.temperature[:, None].to(h.dtype)
-    return token_logprobs(h, self.get_output_embeddings().weight, tree.targets)
+    return token_logprobs(h, self.get_output_embeddings().weight, tree.targets, tree.temperature)
 
 def score(policy, reference, batch: list[Example], groups: list[list[Rationale]],
           args: Args) -> tuple[Tensor, Scores]:

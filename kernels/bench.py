@@ -35,10 +35,10 @@ ROWS = 16, 256, 768  # of a decoding step
 OURS, FLOOR, WARM_UP = "triton", "floor", 2
 NO_CUDA, OLD_TORCH = "not run: no CUDA device", "not in this torch"
 LOGIT_BYTES = {"plain": 12, "compile": 4, "linear_cross_entropy": 6}  # of [T, V], at the very least
-TILES = [  # T, V, D, warps, stages
-    *((128, 256, 64, 8, s) for s in (3, 4)), *((256, 128, 64, 8, s) for s in (3, 4)),
-    *((128, 128, 64, w, s) for w in (4, 8) for s in (3, 4, 5)), (128, 256, 32, 8, 6),
-    *((64, 256, 64, 4, s) for s in (3, 4)), (128, 256, 128, 8, 2), (128, 128, 128, 8, 3)]
+TILES = {  # T, V, D, warps: stages
+    (128, 256, 64, 8): (3, 4), (256, 128, 64, 8): (3, 4), (128, 128, 64, 4): (3, 4, 5),
+    (128, 128, 64, 8): (3, 4, 5), (64, 256, 64, 4): (3, 4), (128, 256, 32, 8): (6,),
+    (128, 256, 128, 8): (2,), (128, 128, 128, 8): (3,)}
 
 class Problem(Exception):
     """One sentence for the user: what is wrong, and the way out."""
@@ -58,7 +58,6 @@ class Task(NamedTuple):
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-# ---------------------------------------------------------------------------------- measuring
 @cache
 def scratch() -> Tensor:
     return torch.empty(2**28, dtype=torch.uint8, device="cuda")
@@ -150,7 +149,6 @@ def compared(rows: dict[str, dict], times: dict[str, dict]) -> list[dict]:
     last = {name: [*own.values()][-1] for name, own in median.items()} | {FLOOR: 0.0}
     return sorted(rows.values(), key=lambda row: last.get(row["candidate"], math.inf))
 
-# ---------------------------------------------------------------------------------- candidates
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
@@ -180,7 +178,6 @@ def logprob_candidates() -> dict[str, Callable | str]:
             "liger": negated(liger), "cce": negated(cce),
             "cce_unfiltered": negated(cce, filter_eps=None)}
 
-# ---------------------------------------------------------------------------------- tasks
 def logprob_inputs(T: int, D: int, V: int) -> tuple[Tensor, ...]:
     """hidden (T, D) ~ N(0, 1), weight (V, D) ~ N(0, 1/D), targets and upstream (T,); bfloat16, on a
     CPU float32. Every other row is moved along its target's direction until that has p of about
@@ -231,7 +228,7 @@ def products(H: Tensor, W: Tensor, free: float) -> dict[str, Callable]:
     Over chunks of the vocabulary where [T, V] takes more than half of the free bytes."""
     (T, D), V, needed = H.shape, len(W), (H.requires_grad, W.requires_grad)
     H, W = H.detach(), W.detach()
-    width = min(V, max(256, int(min(free, 2**40)) // (2 * T * H.element_size())))
+    width = min(V, max(1, int(min(free, 2**40)) // (512 * T * H.element_size())) * 256)
     room, dH, dW = H.new_empty(T * width), torch.empty_like(H), torch.empty_like(W)
 
     def run(*gradients: bool) -> None:
@@ -283,7 +280,6 @@ def sample_task(rows: int, V: int) -> Task:
         lambda fn: dict(call=lambda: lambda: (fn(logits),)),
         dict(call=lambda: partial(logits.amax, -1)))
 
-# ---------------------------------------------------------------------------------- commands
 Tasks = Iterator[Callable[[], Task]]
 
 def logprob(args: argparse.Namespace) -> Tasks:
@@ -306,8 +302,8 @@ def sample(args: argparse.Namespace) -> Tasks:
         yield partial(sample_task, rows, V)
 
 def tune(args: argparse.Namespace) -> Tasks:
-    """logprob of our kernel, by tile (rows x columns x depth, warps, stages; by TMA or pointers) and
-    by size of the buffer for dZ. triton: as it is."""
+    """logprob of our kernel, by tile (rows x columns x depth; loads by TMA or pointers) and by size
+    of the buffer for dZ. triton: as it is set."""
     if device() == "cpu":
         raise Problem("tune: needs a CUDA device; --help lists what runs without one")
     from . import token_logprob as ours
@@ -319,12 +315,13 @@ def tune(args: argparse.Namespace) -> Tasks:
             return ours.token_logprobs(*operands)
         return fn
 
-    candidates = {OURS: having()} | {f"dZ of 2^{n} bytes": having(DZ_BYTES=2**n) for n in range(26, 30)}
-    by = (True, False) if torch.cuda.get_device_capability()[0] in (9, 10) else (False,)
-    for (*sizes, warps, stages), tma in product(TILES, by):
-        tile = ours.Tile(*sizes, warps, stages, tma)
-        name = f"{'x'.join(map(str, sizes))}, {warps}w, {stages}s{', TMA' * tma}"
-        candidates[name] = having(tile_for=lambda *_, tile=tile: tile)
+    candidates = {OURS: having()}
+    candidates |= {f"dZ of 2^{n} bytes": having(DZ_BYTES=2**n) for n in range(26, 30)}
+    loads = (True, False) if torch.cuda.get_device_capability()[0] in (9, 10) else (False,)
+    for (size, all_stages), tma in product(TILES.items(), loads):
+        for tile in (ours.Tile(*size, stages, tma) for stages in all_stages):
+            name = "{0}x{1}x{2}, {3} warps, {4} stages".format(*tile) + ", TMA" * tma
+            candidates[name] = having(tile_for=lambda *_, tile=tile: tile)
     for model, T in product(args.models, args.tokens):
         yield partial(logprob_task, model, T, args.frozen, candidates)
     vars(ours).update(held)
@@ -365,7 +362,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands.choices["tune"].set_defaults(models=["Llama-3.1-8B", "SmolLM2-135M"], tokens=[16384])
     return parser.parse_args(argv)
 
-# ---------------------------------------------------------------------------------- reports
 def environment(argv: list[str]) -> dict:
     """What a number needs to be worth something."""
     git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
@@ -382,45 +378,47 @@ def environment(argv: list[str]) -> dict:
            for package in packages})
 
 def table(shape: dict, rows: list[dict]) -> str:
-    """Markdown: a line for each candidate, its passes side by side."""
+    """Markdown: a line for each candidate, passes side by side, without columns that are empty."""
     def joined(row: dict, key: str, form: str, unit: float = 1) -> str:
         values = row.get(key, {}).values()
         return " / ".join("-" if v is None else f"{v / unit:{form}}" for v in values)
 
     passes = list(rows[0]["seconds"])
-    results = next((" / ".join(row["error"]) for row in rows if "error" in row), "")
-    lines = [["candidate", *(f"{p}, ms" for p in passes), "of floor", f"x {OURS}", "extra GB",
-              f"error: {results}"], ["---"] * (len(passes) + 5)]
+    results = next((row["error"] for row in rows if "error" in row), {})
+    heads = ["candidate", *(f"{p}, ms" for p in passes), "of floor", f"x {OURS}", "extra GB",
+             f"error: {' / '.join(results)}"]
+    lines = []
     for row in rows:
-        times = [{k: f"{1e3 * s:.4g}" for k, s in t.items()} for t in row.get("seconds", {}).values()]
-        cells = [f"{t['median']} ({t['q1']} to {t['q3']})" for t in times]
-        lines.append([row["candidate"], *(cells or [row["note"]] + [""] * (len(passes) - 1)),
+        times = [[f"{1e3 * t[k]:.4g}" for k in ("median", "q1", "q3")]
+                 for t in row.get("seconds", {}).values()]
+        lines.append([row["candidate"], *("{0} ({1} to {2})".format(*t) for t in times),
+                      *([row["note"]] + [""] * len(passes))[:0 if times else len(passes)],
                       joined(row, "fraction", ".2f"), joined(row, "ratio", ".2f"),
                       joined(row, "peak_bytes", ".2f", 1e9), joined(row, "error", ".1e")])
+    columns = [(head, "---", *column) for head, *column in zip(heads, *lines) if any(column)]
     title = ", ".join(f"{k} {v}" for k, v in shape.items() if v is not None)
-    return "\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+    return "\n".join([f"**{title}**", "", *(f"| {' | '.join(x)} |" for x in zip(*columns)), "", ""])
 
 def draw(rows: list[dict], png: Path) -> None:
-    """Time and memory of the full pass by model, the smallest head first; a column for each T."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Time and memory of the full pass by model, the smallest vocabulary first; one line for each
+    candidate, one column of panels for each T."""
+    plt = import_module("matplotlib.pyplot")
+    plt.switch_backend("Agg")
     rows = [row for row in rows if "seconds" in row]
-    heads = sorted({(row["V"], row["D"], row["model"]) for row in rows})
+    models = sorted({(row["V"], row["D"], row["model"]) for row in rows})
     tokens, names = (list(dict.fromkeys(row[k] for row in rows)) for k in ("T", "candidate"))
-    panels = [("ms", 1e3, lambda row: row["seconds"]["full"]["median"])]
-    if any("peak_bytes" in row for row in rows):
-        panels.append(("extra GB", 1e-9, lambda row: row.get("peak_bytes", {}).get("full", math.nan)))
-    figure, axes = plt.subplots(len(panels), len(tokens), squeeze=False, layout="constrained",
-                                figsize=(4 + 3.5 * len(tokens), 1 + 3 * len(panels)))
-    for (axis, ((unit, scale, value), T)), name in product(
-            zip(axes.flat, product(panels, tokens)), names):
-        own = {row["model"]: scale * value(row) for row in rows
-               if (row["T"], row["candidate"]) == (T, name)}
-        axis.plot([own.get(model, math.nan) for *_, model in heads], color=f"C{names.index(name)}",
-                  marker=".", linestyle="--" if name == FLOOR else "-", label=name)
+    units = {"ms": lambda row: 1e3 * row["seconds"]["full"]["median"],
+             "extra GB": lambda row: row.get("peak_bytes", {}).get("full", math.nan) / 1e9}
+    figure, axes = plt.subplots(2, len(tokens), squeeze=False, layout="constrained",
+                                sharex=True, figsize=(3 + 4 * len(tokens), 7))
+    for (unit, T), axis in zip(product(units, tokens), axes.flat):
+        for name in names:
+            own = {row["model"]: units[unit](row) for row in rows
+                   if (row["T"], row["candidate"]) == (T, name)}
+            axis.plot([own.get(model, math.nan) for *_, model in models], label=name, marker=".",
+                      color=f"C{names.index(name)}", linestyle=":" if name == FLOOR else "-")
         axis.set(yscale="log", title=f"T = {T}", ylabel=unit)
-        axis.set_xticks(range(len(heads)), [f"{m}\nV {V}, D {D}" for V, D, m in heads], rotation=60)
+        axis.set_xticks(range(len(models)), [f"{m}\nV {V}, D {D}" for V, D, m in models], rotation=60)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -430,16 +428,17 @@ def draw(rows: list[dict], png: Path) -> None:
 def run(args: argparse.Namespace, argv: list[str]) -> list[dict]:
     """Measures, prints and writes: after every task, for a run may be cut off."""
     tasks, rows, about = COMMANDS[args.command][0], [], environment(argv)
-    text = "\n\n".join([" ".join(tasks.__doc__.split()), ", ".join(
-        f"{k} {v}" for k, v in about.items()), ""])
-    print(text, flush=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise Problem(f"--out {args.out}: {e.strerror}; name a directory to write to") from None
+    text = " ".join(tasks.__doc__.split()) + f"\n\n{', '.join(f'{k} {v}' for k, v in about.items())}\n\n"
     for make in tasks(args):
         shape, some = measure(make, args.only, args.rounds)
-        rows, text = rows + [shape | row for row in some], text + table(shape, some) + "\n"
-        print(table(shape, some), flush=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        for ending, written in (("json", json.dumps(about | dict(rows=rows), indent=1)), ("md", text)):
-            (args.out / f"{args.command}.{ending}").write_text(written)
+        print(table(shape, some) if rows else text + table(shape, some), flush=True)
+        rows, text = rows + [shape | row for row in some], text + table(shape, some)
+        (args.out / f"{args.command}.json").write_text(json.dumps(about | dict(rows=rows), indent=1))
+        (args.out / f"{args.command}.md").write_text(text)
     return rows
 
 def main(argv: list[str] | None = None) -> int:
@@ -450,12 +449,15 @@ def main(argv: list[str] | None = None) -> int:
         rows = run(args, argv)
         if getattr(args, "plot", False):
             draw(rows, args.out / "logprob.png")
-        if wrong := [row for row in rows if (row["note"] or "").startswith("wrong")]:
+        if wrong := [row for row in rows if str(row["note"]).startswith("wrong")]:
             raise Problem(f"{wrong[0]['candidate']} is {wrong[0]['note']}; see {args.out}")
-    except (Problem, OSError) as e:
-        print(f"kernels.bench: {e}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+    except Problem as e:
+        why = e
+    except torch.OutOfMemoryError:
+        why = "not even the inputs fit into GPU memory: choose smaller --models, or fewer --tokens"
+    print(f"kernels.bench: {why}", file=sys.stderr)
+    return 1
 
 if __name__ == "__main__":
     sys.exit(main())

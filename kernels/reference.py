@@ -29,22 +29,22 @@ class Scores(NamedTuple):
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor,
-                   temperature: float = 1.0) -> Tensor:
+                   temperature: Tensor | float = 1.0) -> Tensor:
     """log softmax(hidden @ weight.T / temperature)[targets], as (T,) float32.
 
     hidden (T, D) and weight (V, D), differentiable in both; targets (T,) int64, where -100 gives 0
-    and no gradient. Logits are formed in float32 (float64 stays float64), a chunk at a time, and
-    again in the backward pass: never held as [T, V]."""
+    and no gradient; a temperature for all, or (T,). Logits are formed in float32 (float64 stays
+    float64), a chunk at a time, and again in the backward pass: never held as [T, V]."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    W = weight.to(wide)
+    W, heat = weight.to(wide), torch.ones_like(targets, dtype=wide) * temperature
 
-    def chunk(h: Tensor, t: Tensor) -> Tensor:
-        logp = (h.to(wide) @ W.T / temperature).log_softmax(-1)
+    def chunk(h: Tensor, t: Tensor, heat: Tensor) -> Tensor:
+        logp = (h.to(wide) @ W.T / heat[:, None]).log_softmax(-1)
         return logp.gather(-1, t.clamp(min=0)[:, None])[:, 0].masked_fill(t == -100, 0.0)
 
     rows = max(1, CHUNK // len(W))
-    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in parts])
+    parts = zip(*(x.split(rows) for x in (hidden, targets, heat)), strict=True)
+    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
 
 
 def span_lengths(z_start: Tensor, y_start: Tensor, end: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def tile_of(T, V, BT: tl.constexpr, BV: tl.constexpr):
 @triton.jit
 def logits_tile(H, W, row, column, T, V, D, h_stride, w_stride, scale,
                 BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
-    """[BT, BV] of H W^T scale, in float32; past row T or column V there is no telling what."""
+    """[BT, BV] of H W^T, each row times its scale, in float32; past row T or column V: whatever."""
     rows = tl.minimum(row + tl.arange(0, BT), T - 1).to(tl.int64)
     columns = tl.minimum(column + tl.arange(0, BV), V - 1).to(tl.int64)
     depth = tl.arange(0, BD)
@@ -81,7 +81,7 @@ def logits_tile(H, W, row, column, T, V, D, h_stride, w_stride, scale,
         if INTERPRETED:  # numpy knows no bfloat16; its products are exact in float32
             h, w = h.to(tl.float32), w.to(tl.float32)
         z = tl.dot(h, w.T, z, input_precision="ieee")
-    return z * scale
+    return z * tl.load(scale + rows)[:, None]
 
 
 @triton.jit
@@ -141,8 +141,8 @@ def operands(tile: Tile, hidden: Tensor, weight: Tensor) -> list:
 
 @torch.library.custom_op("latro::token_logprobs", mutates_args=())
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor,
-            temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and log-sum-exps, (T,) float32 each."""
+            scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs and log-sum-exps, (T,) float32 each; scale (T,): 1 / temperature."""
     (T, D), V = hidden.shape, len(weight)
     tile = tile_for(hidden, weight)
     rows, columns = triton.cdiv(T, tile.T), triton.cdiv(V, tile.V)
@@ -152,21 +152,21 @@ def forward(hidden: Tensor, weight: Tensor, targets: Tensor,
         with torch.cuda.device_of(hidden):
             forward_tile[rows * columns,](
                 *operands(tile, hidden, weight), targets, partial, chosen, T, V, D,
-                hidden.stride(0), weight.stride(0), 1 / temperature, tile.T, tile.V, tile.D,
+                hidden.stride(0), weight.stride(0), scale, tile.T, tile.V, tile.D,
                 tile.tma, num_warps=tile.num_warps, num_stages=tile.num_stages)
     lse = partial.logsumexp(0)
     return (chosen - lse).masked_fill(targets == IGNORED, 0.0), lse
 
 
 @torch.library.custom_op("latro::token_logprobs_backward", mutates_args=())
-def backward(hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor,
-             temperature: float, need_h: bool, need_w: bool) -> tuple[Tensor, Tensor]:
+def backward(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, lse: Tensor,
+             upstream: Tensor, need_h: bool, need_w: bool) -> tuple[Tensor, Tensor]:
     """dH and dW in the operands' dtype; empty where it is not needed."""
     (T, D), V = hidden.shape, len(weight)
     dH = hidden.new_zeros(T if need_h else 0, D, dtype=torch.float32)
     dW = weight.new_zeros(V, D) if need_w and not T else weight.new_empty(V if need_w else 0, D)
-    upstream = (upstream / temperature).masked_fill(targets == IGNORED, 0.0)
-    for first, dZ in gradient_chunks(hidden, weight, targets, lse, upstream, 1 / temperature):
+    upstream = (upstream * scale).masked_fill(targets == IGNORED, 0.0)
+    for first, dZ in gradient_chunks(hidden, weight, targets, scale, lse, upstream):
         some = slice(first, first + dZ.shape[1])
         if need_w:
             torch.mm(dZ.T, hidden, out=dW[some])
@@ -175,8 +175,8 @@ def backward(hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, upstr
     return dH.to(hidden.dtype), dW
 
 
-def gradient_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor,
-                    upstream: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+def gradient_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, lse: Tensor,
+                    upstream: Tensor) -> Iterator[tuple[int, Tensor]]:
     """First column of the vocabulary and dZ (T, columns), chunk by chunk, in one buffer."""
     (T, D), V = hidden.shape, len(weight)
     if not T:
@@ -206,25 +206,24 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @forward.register_fake
-def _(hidden, weight, targets, temperature):
+def _(hidden, weight, targets, scale):
     return tuple(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
 
 
 @backward.register_fake
-def _(hidden, weight, targets, lse, upstream, temperature, need_h, need_w):
+def _(hidden, weight, targets, scale, lse, upstream, need_h, need_w):
     return (hidden.new_empty(len(hidden) if need_h else 0, hidden.shape[1]),
             weight.new_empty(len(weight) if need_w else 0, weight.shape[1]))
 
 
 def remember(ctx, inputs, output):
-    *tensors, ctx.temperature = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def gradients(ctx, upstream, _):
     need_h, need_w, *_ = ctx.needs_input_grad
-    dH, dW = backward(*ctx.saved_tensors, upstream, ctx.temperature, need_h, need_w)
+    dH, dW = backward(*ctx.saved_tensors, upstream, need_h, need_w)
     return dH if need_h else None, dW if need_w else None, None, None
 
 
@@ -232,15 +231,16 @@ forward.register_autograd(gradients, setup_context=remember)
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor,
-                   temperature: float = 1.0) -> Tensor:
+                   temperature: Tensor | float = 1.0) -> Tensor:
     """log softmax(hidden @ weight.T / temperature)[targets], as (T,) float32 nats.
 
     hidden (T, D) and weight (V, D) in bfloat16, float16 or float32, differentiable in both; of two
     dtypes the wider one counts. targets (T,) int64: -100 gives 0 and no gradient, any other number
-    outside the vocabulary NaN. Saves the operands and one number a row for the backward pass.
-    float64 goes to the definition, chunked torch."""
+    outside the vocabulary NaN. A temperature for all, or (T,). Keeps the operands and two numbers
+    a row for the backward pass. float64 goes to the definition, chunked torch."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if dtype == torch.float64:
         return reference.token_logprobs(hidden, weight, targets, temperature)
     rows = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden.to(dtype), weight.to(dtype)))
-    return forward(*rows, targets.contiguous(), temperature)[0]
+    scale = torch.ones_like(targets, dtype=torch.float32) / temperature
+    return forward(*rows, targets.contiguous(), scale)[0]

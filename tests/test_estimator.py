@@ -449,12 +449,14 @@ def hidden(T: int, V: int, D: int = 8, dtype=torch.float64):
 
 def in_one_piece(h, W, targets, temperature):
     """The definition, in float64, [T, V] and all."""
-    logp = (h.double() @ W.double().T / temperature).log_softmax(-1)
+    heat = torch.as_tensor(temperature, dtype=torch.float64).view(-1, 1)
+    logp = (h.double() @ W.double().T / heat).log_softmax(-1)
     return torch.stack([row[t] if t >= 0 else 0 * row[0] for row, t in zip(logp, targets)])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, torch.linspace(0.5, 2, 13)],
+                         ids=["1", "0.7", "a_row"])
 @pytest.mark.parametrize("dtype, tolerance", [
     (torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
 def test_token_logprobs(dtype, tolerance, temperature, rows, monkeypatch):
