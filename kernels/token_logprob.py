@@ -64,8 +64,8 @@ def tile_of(T, V, BT: tl.constexpr, BV: tl.constexpr):
 
 
 @triton.jit
-def logits_tile(H, W, row, column, T, V, D, h_stride, w_stride, scale,
-                BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+def logits_tile(H, W, row, column, T, V, D, scale, BT: tl.constexpr, BV: tl.constexpr,
+                BD: tl.constexpr, TMA: tl.constexpr):
     """[BT, BV] of H W^T, each row times its scale, in float32; past row T or column V: whatever."""
     rows = tl.minimum(row + tl.arange(0, BT), T - 1).to(tl.int64)
     columns = tl.minimum(column + tl.arange(0, BV), V - 1).to(tl.int64)
@@ -76,8 +76,8 @@ def logits_tile(H, W, row, column, T, V, D, h_stride, w_stride, scale,
             h, w = H.load([row, d]), W.load([column, d])
         else:
             inside = (d + depth < D)[None, :]
-            h = tl.load(H + rows[:, None] * h_stride + (d + depth)[None, :], inside, 0.0)
-            w = tl.load(W + columns[:, None] * w_stride + (d + depth)[None, :], inside, 0.0)
+            h = tl.load(H + rows[:, None] * D + (d + depth)[None, :], inside, 0.0)
+            w = tl.load(W + columns[:, None] * D + (d + depth)[None, :], inside, 0.0)
         if INTERPRETED:  # numpy knows no bfloat16; its products are exact in float32
             h, w = h.to(tl.float32), w.to(tl.float32)
         z = tl.dot(h, w.T, z, input_precision="ieee")
@@ -85,10 +85,10 @@ def logits_tile(H, W, row, column, T, V, D, h_stride, w_stride, scale,
 
 
 @triton.jit
-def forward_tile(H, W, targets, partial, chosen, T, V, D, h_stride, w_stride, scale,
-                 BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+def forward_tile(H, W, targets, scale, partial, chosen, T, V, D, BT: tl.constexpr,
+                 BV: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
     row, column = tile_of(T, V, BT, BV)
-    z = logits_tile(H, W, row, column, T, V, D, h_stride, w_stride, scale, BT, BV, BD, TMA)
+    z = logits_tile(H, W, row, column, T, V, D, scale, BT, BV, BD, TMA)
     rows, columns = row + tl.arange(0, BT), column + tl.arange(0, BV)
     z = tl.where(columns[None, :] < V, z, float("-inf"))
     top = tl.max(z, 1)
@@ -101,13 +101,11 @@ def forward_tile(H, W, targets, partial, chosen, T, V, D, h_stride, w_stride, sc
 
 
 @triton.jit
-def backward_tile(H, W, targets, lse, upstream, dZ, first, width, T, V, D, h_stride, w_stride,
-                  dz_stride, scale, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
-                  TMA: tl.constexpr):
-    """dZ[:, :width] is that of the vocabulary from `first` on, `width` a multiple of BV."""
+def backward_tile(H, W, targets, scale, lse, upstream, dZ, first, width, T, V, D,
+                  BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """dZ[T, width] is that of the vocabulary from `first` on; width is a multiple of BV."""
     row, column = tile_of(T, width, BT, BV)
-    z = logits_tile(H, W, row, first + column, T, V, D, h_stride, w_stride, scale,
-                    BT, BV, BD, TMA)
+    z = logits_tile(H, W, row, first + column, T, V, D, scale, BT, BV, BD, TMA)
     rows, columns = row + tl.arange(0, BT), column + tl.arange(0, BV)
     target = tl.load(targets + rows, rows < T, -1)
     total, g = tl.load(lse + rows, rows < T, 0.0), tl.load(upstream + rows, rows < T, 0.0)
@@ -116,15 +114,15 @@ def backward_tile(H, W, targets, lse, upstream, dZ, first, width, T, V, D, h_str
     if TMA:
         dZ.store([row, column], dz.to(dZ.dtype))
     else:
-        at = dZ + rows.to(tl.int64)[:, None] * dz_stride + columns[None, :]
+        at = dZ + rows.to(tl.int64)[:, None] * width + columns[None, :]
         tl.store(at, dz.to(dZ.dtype.element_ty), (rows < T)[:, None])
 
 
 def tile_for(hidden: Tensor, weight: Tensor) -> Tile:
     """How to launch: the tensor cores would round float32 to TF32, and fast loads want rows that
     begin at 16 bytes. TMA descriptors are Hopper's and later data centre GPUs'."""
-    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-                  for x in (hidden, weight))
+    aligned = hidden.shape[1] * hidden.element_size() % 16 == 0 and all(
+        x.data_ptr() % 16 == 0 for x in (hidden, weight))
     if hidden.dtype == torch.float32 or not aligned:
         return SMALL
     arch = 0 if INTERPRETED.value else triton.runtime.driver.active.get_current_target().arch
@@ -151,9 +149,9 @@ def forward(hidden: Tensor, weight: Tensor, targets: Tensor,
     if T:
         with torch.cuda.device_of(hidden):
             forward_tile[rows * columns,](
-                *operands(tile, hidden, weight), targets, partial, chosen, T, V, D,
-                hidden.stride(0), weight.stride(0), scale, tile.T, tile.V, tile.D,
-                tile.tma, num_warps=tile.num_warps, num_stages=tile.num_stages)
+                *operands(tile, hidden, weight), targets, scale, partial, chosen, T, V, D,
+                tile.T, tile.V, tile.D, tile.tma,
+                num_warps=tile.num_warps, num_stages=tile.num_stages)
     lse = partial.logsumexp(0)
     return (chosen - lse).masked_fill(targets == IGNORED, 0.0), lse
 
@@ -185,16 +183,17 @@ def gradient_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tens
     most = max(1, DZ_BYTES // (T * hidden.element_size() * tile.V))
     width = tile.V * min(most, triton.cdiv(V, tile.V))
     # An interpreted kernel rounds to bfloat16 towards 0: there, leave the rounding to torch.
-    buffer = hidden.new_empty(T, width, dtype=torch.float32 if INTERPRETED.value else None)
-    target = TensorDescriptor.from_tensor(buffer, [tile.T, tile.V]) if tile.tma else buffer
+    buffer = hidden.new_empty(T * width, dtype=torch.float32 if INTERPRETED.value else None)
     for first in range(0, V, width):
-        used = min(width, triton.cdiv(V - first, tile.V) * tile.V)
+        some = min(width, triton.cdiv(V - first, tile.V) * tile.V)
+        dZ = buffer[:T * some].view(T, some)
         with torch.cuda.device_of(hidden):
-            backward_tile[triton.cdiv(T, tile.T) * (used // tile.V),](
-                *operands(tile, hidden, weight), targets, lse, upstream, target, first, used,
-                T, V, D, hidden.stride(0), weight.stride(0), width, scale, tile.T, tile.V,
-                tile.D, tile.tma, num_warps=tile.num_warps, num_stages=tile.num_stages)
-        yield first, buffer[:, :V - first].to(hidden.dtype)
+            backward_tile[triton.cdiv(T, tile.T) * (some // tile.V),](
+                *operands(tile, hidden, weight), targets, scale, lse, upstream,
+                TensorDescriptor.from_tensor(dZ, [tile.T, tile.V]) if tile.tma else dZ,
+                first, some, T, V, D, tile.T, tile.V, tile.D, tile.tma,
+                num_warps=tile.num_warps, num_stages=tile.num_stages)
+        yield first, dZ[:, :V - first].to(hidden.dtype)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -241,6 +240,6 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor,
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if dtype == torch.float64:
         return reference.token_logprobs(hidden, weight, targets, temperature)
-    rows = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden.to(dtype), weight.to(dtype)))
     scale = torch.ones_like(targets, dtype=torch.float32) / temperature
-    return forward(*rows, targets.contiguous(), scale)[0]
+    given = hidden.to(dtype), weight.to(dtype), targets, scale
+    return forward(*(x.contiguous() for x in given))[0]

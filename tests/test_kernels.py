@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from packaging.version import parse
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from conftest import TINY, launch, rows, start, untimed
@@ -23,7 +25,7 @@ import kernels
 import latro
 import test_estimator
 from test_distributed import close
-from test_estimator import Largest, error, in_one_piece, one_by_one
+from test_estimator import BATCH, error, in_one_piece, one_by_one
 
 triton = pytest.importorskip("triton")
 from kernels import rationale_score, reference, token_logprob
@@ -147,9 +149,9 @@ def test_random_shapes_over_many_tiles(i, launched):
 
 
 def test_every_tile_has_its_program(launched):
-    """35 row tiles: two groups of 16 in the swizzle, and 3 left over. Each by several columns."""
+    """19 row tiles, a group of 16 in the swizzle and 3 left over, each by three of columns."""
     launched(TINY_TILE)
-    check(*problem(16 * 34 + 1, 35, 4))
+    check(*problem(16 * 18 + 1, 35, 4))
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.5, 1.7, 1e3])
@@ -188,10 +190,10 @@ def test_mixed_dtypes():
         assert all(torch.equal(x, y.to(x.dtype)) for x, y in zip(found, both))
 
 
-@pytest.mark.parametrize("which", ["both", "hidden", "weight"])
-def test_float64_goes_to_the_definition(which):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_float64_goes_to_the_definition(dtype):
     h, W, targets, g = problem(9, 20, 4, torch.float64)
-    h, W = h if which != "weight" else h.float(), W if which != "hidden" else W.float()
+    W = W.to(dtype)
     found = run(token_logprobs, h, W, targets, g.double())
     assert found[0].dtype == torch.float64
     assert off(found[0], exact(h, W, targets, g)[0]) < 1e-13
@@ -406,33 +408,43 @@ def test_launch_by_architecture_alignment_and_dtype(arch, tile, monkeypatch):
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=target))
     monkeypatch.setattr(token_logprob, "INTERPRETED", SimpleNamespace(value=False))
     h, W = torch.zeros(4, 64).bfloat16(), torch.zeros(9, 64).bfloat16()
-    assert token_logprob.tile_for(h, W) == tile
-    for a, b in ((h.float(), W.float()), (shifted(h), W), (h, shifted(W)), (h[:, :63], W[:, :63]),
-                 (inside(h, columns=4), W), (h, inside(W, columns=2))):
-        expected = SMALL if a.dtype == torch.float32 or a is not h or b is not W else tile
-        expected = tile if (a.data_ptr() | b.data_ptr()) % 16 == 0 and expected == SMALL and (
-            a.stride(0) % 8 == b.stride(0) % 8 == 0) and a.dtype != torch.float32 else expected
-        assert token_logprob.tile_for(a, b) == expected
+    for a, b in ((h, W), (h.half(), W.half()), (h[1:], W), (h[:, :63], W[:, :63])):
+        assert token_logprob.tile_for(a, b) == tile
+    for a, b in ((h.float(), W.float()), (shifted(h), W), (h, shifted(W)), (inside(h, columns=4), W),
+                 (h, inside(W, columns=2)), (h[:, :63].contiguous(), W[:, :63].contiguous())):
+        assert token_logprob.tile_for(a, b) == SMALL
+
+
+def test_rows_that_end_before_the_next_begins(launched):
+    """Width 63 of 64: what lies between, here NaN, is not theirs."""
+    h, W, targets, g = problem(21, 70, 64, torch.bfloat16)
+    h[:, 63], W[:, 63] = torch.nan, torch.nan
+    for tile in TILES.values():
+        launched(tile)
+        check(h[:, :63], W[:, :63], targets, g)
 
 
 # ------------------------------------------------------- 3. token_logprobs: memory, chunks, frozen
 
-class Watch(Largest):
-    """Largest that looks into the custom operators too, and counts what is called."""
+class Watch(TorchDispatchMode):
+    """Counts what is called, inside the custom operators too, and the numbers in the largest
+    tensor of floats that is made."""
 
     def __init__(self):
         super().__init__()
-        self.calls = Counter()
+        self.calls, self.numel = Counter(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
         self.calls[name] += 1
         if name.startswith("latro::"):
-            op = dict(token_logprobs=token_logprob.forward,
-                      token_logprobs_backward=token_logprob.backward)[name[len("latro::"):]]
+            op = getattr(token_logprob, "backward" if "backward" in name else "forward")
             with self:
                 return op._init_fn(*args, **kwargs or {})
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = func(*args, **kwargs or {})
+        made = [t for t in tree_leaves(out) if torch.is_tensor(t) and t.is_floating_point()]
+        self.numel = max([self.numel, *(t.numel() for t in made)])
+        return out
 
     def products(self):
         return sum(self.calls[f"aten::{name}"] for name in ("mm", "mm.out", "addmm", "addmm.out",
@@ -558,7 +570,7 @@ def test_second_derivatives_are_refused():
     h, W, targets, _ = problem(9, 20, 8)
     logp = token_logprobs(h.requires_grad_(), W, targets)
     dH, = torch.autograd.grad(logp.sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="latro::token_logprobs_backward"):
+    with pytest.raises(RuntimeError, match="latro.token_logprobs_backward"):
         torch.autograd.grad(dH.square().sum(), h)
 
 
@@ -610,7 +622,7 @@ OPTIONS = dict(
 def test_scores_one_by_one(K, options, scale):
     """Against plain Python, a rationale at a time: rewards near to and far from each other; with a
     reference or without; penalties of each, of all or none."""
-    logp, logp0, offsets = packed(K, scale=scale)
+    logp, logp0, offsets = packed(K, groups=2, scale=scale)
     each = torch.arange(len(offsets[0])) % 3 * 0.75
     for prior, beta, penalty in ((logp0, 0.3, each), (logp0, 0.0, 0.0), (None, 0.3, 1.5)):
         found = score(logp, prior, *offsets, K, beta, penalty=penalty, **OPTIONS[options])
@@ -625,7 +637,7 @@ def test_scores_one_by_one(K, options, scale):
 
 
 @pytest.mark.parametrize("bound", ["elbo", "iwae"])
-@pytest.mark.parametrize("K, groups", [(2, 1), (3, 1), (100, 1), (2, 100), (5, 40)])
+@pytest.mark.parametrize("K, groups", [(2, 1), (3, 1), (100, 1), (2, 40), (5, 10)])
 def test_one_question_and_many(K, groups, bound):
     logp, logp0, offsets = packed(K, groups)
     agree(score(logp, logp0, *offsets, K, 0.05, bound=bound),
@@ -792,11 +804,11 @@ def test_no_gradient_passes_through_the_scores():
     assert not any(x.requires_grad for x in score(logp.requires_grad_(), logp0, *offsets, 5, 0.3))
 
 
-@pytest.mark.parametrize("case", ["answer", "prob", "iwae", "penalty"])
+@pytest.mark.parametrize("case", ["penalty", "iwae"])
 def test_mean_of_the_estimate_is_the_exact_gradient(case):
     """Enumerated: the weights of the kernel, in float32, make the exact gradient of the objective;
     1e-6 stands for their rounding, broken estimators are off by 1e-2."""
-    args, batch = test_estimator.settings(**test_estimator.CASES[case]), test_estimator.BATCH[:1]
+    args, batch = test_estimator.settings(questions=1, **test_estimator.CASES[case]), BATCH[:1]
     g, chances = test_estimator.exact(batch, args)
     assert error(test_estimator.expected(batch, chances, args), g) < 1e-6
 
