@@ -6,7 +6,9 @@ D = 4096, V = 128256 a product is 17.2 TFLOP.
 
 Forward: a tiled product. A tile's logits live in float32 registers only; it leaves one partial
 log-sum-exp a row, in [V / 256, T] float32 (33 MB there), and the target's logit where that lies in
-the tile. Nothing is added atomically, so that two runs agree to the bit.
+the tile. Nothing is added atomically, so that two runs agree to the bit. What follows the product
+is paid V times a token, D does not matter: a maximum, an FMA, a power of 2 and a sum. Only a tile
+that has them looks for targets, and only the last one for the end of the vocabulary.
 
 Backward: a chunk of the *vocabulary* at a time. The same tile, hence the same logits to the bit as
 in the forward pass, ends in dZ = (onehot - p) g, formed in float32 and rounded once; then the
@@ -15,14 +17,13 @@ With chunks of tokens instead, all of dW would be read and written once a chunk.
 Beyond dH and dW: dZ of at most 268 MB, and 4TD bytes (268 MB there) for dH in float32.
 
 Why these tiles: 128 x 256 is the largest whose accumulator (128 registers a thread in 8 warps)
-leaves room for the epilogue, and the larger a tile, the less H and W are read again:
+leaves room for the rest, and the larger a tile, the less H and W are read again:
 2TDV (1/128 + 1/256) bytes in bfloat16 from L2. Programs run in groups of 16 row tiles, so that the
 tiles at work at one time (16 x 8 on 132 multiprocessors) share 34 MB of H and W, which L2 holds:
 DRAM then sees W once per 2048 rows of H, 8.5 GB in all there, not the 67 GB of row-major order.
 Hopper loads tiles through TMA descriptors, which free the registers that pointers need.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from . import reference
 
 IGNORED = -100
 DZ_BYTES = 2**28  # of the buffer for dZ: it sets how many columns of the vocabulary go together
+LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, for tests
 
 
@@ -64,9 +66,9 @@ def tile_of(T, V, BT: tl.constexpr, BV: tl.constexpr):
 
 
 @triton.jit
-def logits_tile(H, W, row, column, T, V, D, scale, BT: tl.constexpr, BV: tl.constexpr,
-                BD: tl.constexpr, TMA: tl.constexpr):
-    """[BT, BV] of H W^T, each row times its scale, in float32; past row T or column V: whatever."""
+def product_tile(H, W, row, column, T, V, D, BT: tl.constexpr, BV: tl.constexpr,
+                 BD: tl.constexpr, TMA: tl.constexpr):
+    """[BT, BV] of H W^T, in float32; past row T or column V there is no telling what."""
     rows = tl.minimum(row + tl.arange(0, BT), T - 1).to(tl.int64)
     columns = tl.minimum(column + tl.arange(0, BV), V - 1).to(tl.int64)
     depth = tl.arange(0, BD)
@@ -81,36 +83,53 @@ def logits_tile(H, W, row, column, T, V, D, scale, BT: tl.constexpr, BV: tl.cons
         if INTERPRETED:  # numpy knows no bfloat16; its products are exact in float32
             h, w = h.to(tl.float32), w.to(tl.float32)
         z = tl.dot(h, w.T, z, input_precision="ieee")
-    return z * tl.load(scale + rows)[:, None]
+    return z
+
+
+@triton.jit
+def exp2(x):
+    """2^x, but 0 below 2^-126: numbers smaller than that take Triton three more instructions."""
+    if INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
+        y = tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return y
 
 
 @triton.jit
 def forward_tile(H, W, targets, scale, partial, chosen, T, V, D, BT: tl.constexpr,
                  BV: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
     row, column = tile_of(T, V, BT, BV)
-    z = logits_tile(H, W, row, column, T, V, D, scale, BT, BV, BD, TMA)
+    z = product_tile(H, W, row, column, T, V, D, BT, BV, BD, TMA)
     rows, columns = row + tl.arange(0, BT), column + tl.arange(0, BV)
-    z = tl.where(columns[None, :] < V, z, float("-inf"))
-    top = tl.max(z, 1)
-    lse = top + tl.log(tl.sum(tl.exp(z - top[:, None]), 1))
+    if column + BV > V:
+        z = tl.where(columns[None, :] < V, z, float("-inf"))
+    factor = tl.load(scale + rows, rows < T, 0.0)
+    top = tl.max(z, 1) * (factor * LOG2E)
+    total = tl.sum(exp2(z * (factor * LOG2E)[:, None] - top[:, None]), 1)
+    lse = (top + tl.log2(total)) / LOG2E
     tl.store(partial + (column // BV).to(tl.int64) * T + rows, lse, rows < T)
     target = tl.load(targets + rows, rows < T, -1)
-    own = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
-    here = (rows < T) & (target >= column) & (target < tl.minimum(column + BV, V))
-    tl.store(chosen + rows, own, here)
+    here = (target >= column) & (target < tl.minimum(column + BV, V))
+    if tl.max(here.to(tl.int32), 0):
+        own = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
+        tl.store(chosen + rows, own * factor, here)
 
 
 @triton.jit
-def backward_tile(H, W, targets, scale, lse, upstream, dZ, first, width, T, V, D,
+def backward_tile(H, W, dZ, targets, scale, lse, upstream, first, width, T, V, D,
                   BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
     """dZ[T, width] is that of the vocabulary from `first` on; width is a multiple of BV."""
     row, column = tile_of(T, width, BT, BV)
-    z = logits_tile(H, W, row, first + column, T, V, D, scale, BT, BV, BD, TMA)
+    z = product_tile(H, W, row, first + column, T, V, D, BT, BV, BD, TMA)
     rows, columns = row + tl.arange(0, BT), column + tl.arange(0, BV)
-    target = tl.load(targets + rows, rows < T, -1)
-    total, g = tl.load(lse + rows, rows < T, 0.0), tl.load(upstream + rows, rows < T, 0.0)
-    p = tl.exp(z - total[:, None])
-    dz = (tl.where((first + columns)[None, :] == target[:, None], 1.0, 0.0) - p) * g[:, None]
+    factor, total = tl.load(scale + rows, rows < T, 0.0), tl.load(lse + rows, rows < T, 0.0)
+    g = tl.load(upstream + rows, rows < T, 0.0)
+    dz = exp2(z * (factor * LOG2E)[:, None] - (total * LOG2E)[:, None]) * -g[:, None]
+    target = tl.load(targets + rows, rows < T, -1) - first
+    if tl.max(((target >= column) & (target < column + BV)).to(tl.int32), 0):
+        dz += tl.where(columns[None, :] == target[:, None], g[:, None], 0.0)
     if TMA:
         dZ.store([row, column], dz.to(dZ.dtype))
     else:
@@ -129,29 +148,26 @@ def tile_for(hidden: Tensor, weight: Tensor) -> Tile:
     return TMA if arch // 10 in (9, 10) else POINTERS
 
 
-def operands(tile: Tile, hidden: Tensor, weight: Tensor) -> list:
-    """H and W as a kernel takes them."""
-    if not tile.tma:
-        return [hidden, weight]
-    return [TensorDescriptor.from_tensor(x, [n, tile.D]) for x, n in
-            ((hidden, tile.T), (weight, tile.V))]
+def launch(kernel, tile: Tile, columns: int, matrices: list[Tensor], *rest) -> None:
+    """Runs a kernel on every tile of [T, columns]; matrices: H, W, on the way back dZ."""
+    (T, D), V = matrices[0].shape, len(matrices[1])
+    if tile.tma and T:
+        blocks = [tile.T, tile.D], [tile.V, tile.D], [tile.T, tile.V]
+        matrices = map(TensorDescriptor.from_tensor, matrices, blocks)
+    if programs := triton.cdiv(T, tile.T) * triton.cdiv(columns, tile.V):
+        with torch.cuda.device_of(rest[0]):
+            kernel[programs,](*matrices, *rest, T, V, D, tile.T, tile.V, tile.D, tile.tma,
+                              num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 @torch.library.custom_op("latro::token_logprobs", mutates_args=())
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor,
             scale: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs and log-sum-exps, (T,) float32 each; scale (T,): 1 / temperature."""
-    (T, D), V = hidden.shape, len(weight)
-    tile = tile_for(hidden, weight)
-    rows, columns = triton.cdiv(T, tile.T), triton.cdiv(V, tile.V)
-    partial = hidden.new_empty(columns, T, dtype=torch.float32)
-    chosen = hidden.new_full((T,), torch.nan, dtype=torch.float32)
-    if T:
-        with torch.cuda.device_of(hidden):
-            forward_tile[rows * columns,](
-                *operands(tile, hidden, weight), targets, scale, partial, chosen, T, V, D,
-                tile.T, tile.V, tile.D, tile.tma,
-                num_warps=tile.num_warps, num_stages=tile.num_stages)
+    tile, T, V = tile_for(hidden, weight), len(hidden), len(weight)
+    partial = scale.new_empty(triton.cdiv(V, tile.V), T)
+    chosen = torch.full_like(scale, torch.nan)
+    launch(forward_tile, tile, V, [hidden, weight], targets, scale, partial, chosen)
     lse = partial.logsumexp(0)
     return (chosen - lse).masked_fill(targets == IGNORED, 0.0), lse
 
@@ -160,40 +176,25 @@ def forward(hidden: Tensor, weight: Tensor, targets: Tensor,
 def backward(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, lse: Tensor,
              upstream: Tensor, need_h: bool, need_w: bool) -> tuple[Tensor, Tensor]:
     """dH and dW in the operands' dtype; empty where it is not needed."""
-    (T, D), V = hidden.shape, len(weight)
-    dH = hidden.new_zeros(T if need_h else 0, D, dtype=torch.float32)
-    dW = weight.new_zeros(V, D) if need_w and not T else weight.new_empty(V if need_w else 0, D)
+    tile, (T, D), V = tile_for(hidden, weight), hidden.shape, len(weight)
+    dH = scale.new_zeros(T if need_h else 0, D)
+    dW = weight.new_empty(V if need_w else 0, D)
     upstream = (upstream * scale).masked_fill(targets == IGNORED, 0.0)
-    for first, dZ in gradient_chunks(hidden, weight, targets, scale, lse, upstream):
-        some = slice(first, first + dZ.shape[1])
-        if need_w:
-            torch.mm(dZ.T, hidden, out=dW[some])
-        if need_h:
-            add_product(dH, dZ, weight[some])
-    return dH.to(hidden.dtype), dW
-
-
-def gradient_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, lse: Tensor,
-                    upstream: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """First column of the vocabulary and dZ (T, columns), chunk by chunk, in one buffer."""
-    (T, D), V = hidden.shape, len(weight)
-    if not T:
-        return
-    tile = tile_for(hidden, weight)
-    most = max(1, DZ_BYTES // (T * hidden.element_size() * tile.V))
+    most = max(1, DZ_BYTES // (max(1, T) * hidden.element_size() * tile.V))
     width = tile.V * min(most, triton.cdiv(V, tile.V))
     # An interpreted kernel rounds to bfloat16 towards 0: there, leave the rounding to torch.
     buffer = hidden.new_empty(T * width, dtype=torch.float32 if INTERPRETED.value else None)
     for first in range(0, V, width):
-        some = min(width, triton.cdiv(V - first, tile.V) * tile.V)
-        dZ = buffer[:T * some].view(T, some)
-        with torch.cuda.device_of(hidden):
-            backward_tile[triton.cdiv(T, tile.T) * (some // tile.V),](
-                *operands(tile, hidden, weight), targets, scale, lse, upstream,
-                TensorDescriptor.from_tensor(dZ, [tile.T, tile.V]) if tile.tma else dZ,
-                first, some, T, V, D, tile.T, tile.V, tile.D, tile.tma,
-                num_warps=tile.num_warps, num_stages=tile.num_stages)
-        yield first, dZ[:, :V - first].to(hidden.dtype)
+        used = min(width, triton.cdiv(V - first, tile.V) * tile.V)
+        dZ, W = buffer[:T * used].view(T, used), weight[first:first + used]
+        launch(backward_tile, tile, used, [hidden, weight, dZ], targets, scale, lse, upstream,
+               first, used)
+        dZ = dZ[:, :len(W)].to(hidden.dtype)
+        if need_w:
+            torch.mm(dZ.T, hidden, out=dW[first:first + used])
+        if need_h:
+            add_product(dH, dZ, W)
+    return dH.to(hidden.dtype), dW
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
