@@ -52,10 +52,11 @@ def cost(compiled) -> dict:
         usage, sass = (subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True,
                                       check=True).stdout for flag in ("-res-usage", "-sass"))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    count = {name: len(re.findall(rf"\b{name}", sass)) for name in
-             ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "ATOM", "RED")}
+    count = {name: len(re.findall(rf"\b{name}\b", sass)) for name in
+             ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS")}
     return dict(registers=registers, stack=stack, shared=compiled.metadata.shared,
-                f64=compiled.asm["ptx"].count(".f64"), **count)
+                f64=compiled.asm["ptx"].count(".f64"),
+                atomics=len(re.findall(r"\b(?:ATOM[GS]?|REDG?)\b", sass)), **count)
 
 
 def launches():

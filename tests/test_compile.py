@@ -72,7 +72,7 @@ def test_it_can_be_launched(build):
 
 def test_nothing_of_double_precision_and_no_atomics(build):
     for c in build[1]:
-        assert c["f64"] == c["ATOM"] == c["RED"] == 0, c
+        assert c["f64"] == c["atomics"] == 0, c
 
 
 def test_tensor_cores(build):

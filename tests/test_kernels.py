@@ -85,7 +85,8 @@ def exact(h, W, targets, g, temperature=1.0):
 
 def plain(h, W, targets, temperature=1.0):
     """What one would write: logits in the operands' dtype, and all of them."""
-    logp = (F.linear(h, W).float() / temperature).log_softmax(-1)
+    heat = torch.as_tensor(temperature).view(-1, 1)
+    logp = (F.linear(h, W).float() / heat).log_softmax(-1)
     return logp.gather(-1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(targets == -100, 0.0)
 
 
@@ -107,7 +108,8 @@ def check(h, W, targets, g, temperature=1.0):
     found = run(token_logprobs, h, W, targets, g, temperature)
     theirs = run(plain, h, W, targets, g, temperature)
     definition = run(reference.token_logprobs, h, W, targets, g, temperature)[0]
-    z = largest(h.double() @ W.double().T) / temperature
+    heat = torch.as_tensor(temperature, dtype=torch.float64).view(-1, 1)
+    z = largest(h.double() @ W.double().T / heat)
     assert found[0].dtype == torch.float32 and (found[0][targets == -100] == 0).all()
     assert off(found[0], wanted[0]) <= min(off(theirs[0], wanted[0]),
                                            off(definition, wanted[0])) + 4 * U32 * max(z, 1)
@@ -121,14 +123,15 @@ def check(h, W, targets, g, temperature=1.0):
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_no_larger_than_that_of_torch(dtype, tile, launched):
-    """More than one tile each way, none of them full; and by the norm there is no allowance."""
+    """More than one tile each way, none of them full. By the norm, and but for 4 roundings to
+    float32: powers of 2 in place of e cost one of each logit and two of each log-sum-exp."""
     launched(TILES[tile])
     given = *problem(150, 300, 72, dtype), 0.7
     found, wanted = check(*given), exact(*given)
     wrong = [[error(x.double(), y) for x, y in zip(r, wanted)]
              for r in (found, run(plain, *given))]
     print(f"relative errors of values, dH, dW: {wrong[0]}, of torch {wrong[1]}")
-    assert all(ours <= torchs + U32 for ours, torchs in zip(*wrong))
+    assert all(ours <= torchs + 4 * U32 for ours, torchs in zip(*wrong))
 
 
 @pytest.mark.parametrize("T, V, D", [
@@ -158,6 +161,33 @@ def test_every_tile_has_its_program(launched):
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 def test_temperature(dtype, temperature):
     check(*problem(20, 70, 24, dtype), temperature)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_a_temperature_for_each_row(tile, launched):
+    launched(TILES[tile])
+    given = problem(150, 70, 24)
+    heat = torch.linspace(0.3, 3, 150)
+    found = check(*given, heat)
+    h, W, targets, _ = given
+    for i in (0, 70, 149):
+        assert torch.equal(found[0][i], token_logprobs(h[i:i + 1], W, targets[i:i + 1], heat[i])[0])
+
+
+@pytest.mark.parametrize("heat", [
+    2, 0.7, torch.tensor(0.7), torch.full((21,), 0.7), torch.full((21,), 2),
+    torch.full((21,), 0.7, dtype=torch.float64), torch.full((21,), 0.7).bfloat16(),
+    torch.tensor([0.7]).expand(21)], ids=lambda x: f"{getattr(x, 'dtype', type(x))}{x}"[:40])
+def test_kinds_of_temperature(heat, monkeypatch):
+    """A kernel takes 1 / temperature in float32: float64 would make it compute in float64."""
+    seen, forward = [], token_logprob.forward
+    monkeypatch.setattr(token_logprob, "forward", lambda *a: seen.append(a) or forward(*a))
+    h, W, targets, _ = problem(21, 70, 16)
+    found = token_logprobs(h, W, targets, heat)
+    flat = torch.ones(21) * heat
+    assert torch.allclose(found, token_logprobs(h, W, targets, flat.float()), rtol=1e-6)
+    assert all(x.is_contiguous() for a in seen for x in a)
+    assert all(a[3].dtype == torch.float32 and a[3].shape == (21,) for a in seen)
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -341,19 +371,16 @@ LAYOUTS = dict(
 @pytest.mark.parametrize("operand", ["hidden", "weight", "both"])
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 def test_layout_of_the_operands(layout, operand, dtype, launched):
-    """Not a bit changes; a bfloat16 GEMM of torch's CPU may take another way: one rounding there."""
+    """Not a bit changes, but by the tile that an unaligned operand asks for."""
     h, W, targets, g = problem(21, 70, 64, dtype)
     other_h = LAYOUTS[layout](h) if operand != "weight" else h
     other_W = LAYOUTS[layout](W) if operand != "hidden" else W
     assert torch.equal(other_h, h) and torch.equal(other_W, W)
-    tile = token_logprob.tile_for(*(x if x.stride(1) == 1 else x.contiguous()
-                                    for x in (other_h, other_W)))
+    tile = token_logprob.tile_for(other_h.contiguous(), other_W.contiguous())
     found = run(token_logprobs, other_h, other_W, targets, g)
     launched(tile)
     wanted = run(token_logprobs, h, W, targets, g)
-    assert torch.equal(found[0], wanted[0])
-    for a, b in zip(found[1:], wanted[1:]):
-        assert torch.equal(a, b) or off(a, b.double()) <= torch.finfo(dtype).eps * largest(b)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
 
 
 def test_layout_of_targets_and_upstream():
@@ -383,12 +410,11 @@ def test_rows_beyond_65535(kernel, monkeypatch, launched):
     monkeypatch.setattr(token_logprob, kernel, seen)
     launched(Tile(1, 1, 16, 4, 2))
     T, V = 70_000, 3
-    h, lse, g = torch.zeros(1, 8).expand(T, 8), torch.zeros(T), torch.zeros(T)
-    targets = torch.zeros(T, dtype=torch.int64)
+    row, given = torch.ones(T), (torch.zeros(T, 8), torch.zeros(V, 8), torch.zeros(T).long())
     if kernel == "forward_tile":
-        token_logprob.forward(h, torch.zeros(V, 8), targets, 1.0)
+        token_logprob.forward(*given, row)
     else:
-        token_logprob.backward(h, torch.zeros(V, 8), targets, lse, g, 1.0, True, True)
+        token_logprob.backward(*given, row, row, row, True, True)
     assert [np.atleast_1d(grid).tolist() for grid in seen] == [[T * V]]
 
 
@@ -408,20 +434,11 @@ def test_launch_by_architecture_alignment_and_dtype(arch, tile, monkeypatch):
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=target))
     monkeypatch.setattr(token_logprob, "INTERPRETED", SimpleNamespace(value=False))
     h, W = torch.zeros(4, 64).bfloat16(), torch.zeros(9, 64).bfloat16()
-    for a, b in ((h, W), (h.half(), W.half()), (h[1:], W), (h[:, :63], W[:, :63])):
+    for a, b in ((h, W), (h.half(), W.half()), (h[1:], W), (h[:, :56].contiguous(), W)):
         assert token_logprob.tile_for(a, b) == tile
-    for a, b in ((h.float(), W.float()), (shifted(h), W), (h, shifted(W)), (inside(h, columns=4), W),
-                 (h, inside(W, columns=2)), (h[:, :63].contiguous(), W[:, :63].contiguous())):
+    for a, b in ((h.float(), W.float()), (shifted(h), W), (h, shifted(W)),
+                 (h[:, :63].contiguous(), W[:, :63].contiguous())):
         assert token_logprob.tile_for(a, b) == SMALL
-
-
-def test_rows_that_end_before_the_next_begins(launched):
-    """Width 63 of 64: what lies between, here NaN, is not theirs."""
-    h, W, targets, g = problem(21, 70, 64, torch.bfloat16)
-    h[:, 63], W[:, 63] = torch.nan, torch.nan
-    for tile in TILES.values():
-        launched(tile)
-        check(h[:, :63], W[:, :63], targets, g)
 
 
 # ------------------------------------------------------- 3. token_logprobs: memory, chunks, frozen
@@ -483,29 +500,35 @@ def test_chunks_of_the_vocabulary_change_nothing(columns, tile, monkeypatch, lau
     given = problem(T, V, 16)
     one = run(token_logprobs, *given)
     monkeypatch.setattr(token_logprob, "DZ_BYTES", T * 4 * TILES[tile].V * columns + 3)
-    widths = [dZ.shape[1] for _, dZ in token_logprob.gradient_chunks(
-        *given[:3], torch.zeros(T), given[3], 1.0)]
-    assert len(widths) == -(-V // (TILES[tile].V * columns)) > 1 and sum(widths) == V
-    found = run(token_logprobs, *given)
+    with Watch() as watch:
+        found = run(token_logprobs, *given)
+    chunks = -(-V // (TILES[tile].V * columns))
+    assert watch.products() == 2 * chunks > 2
     assert torch.equal(found[0], one[0]) and torch.equal(found[2], one[2])
-    assert off(found[1], one[1].double()) <= len(widths) * 4 * U32 * largest(one[1])
+    assert off(found[1], one[1].double()) <= chunks * 4 * U32 * largest(one[1])
     check(*given)
 
 
-def test_the_least_chunk_is_one_tile(monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_least_chunk_is_one_tile(dtype, monkeypatch, launched):
+    """A sum of 50 chunks has one rounding to the gradient's dtype, not 50: it is as far from
+    float64 as that of one chunk, but for those of float32."""
+    launched(TINY_TILE)
+    given = problem(16, 50 * 16 - 3, 16, dtype)
+    whole = error(run(token_logprobs, *given)[1].double(), exact(*given)[1])
     monkeypatch.setattr(token_logprob, "DZ_BYTES", 1)
-    check(*problem(20, 70, 16))
+    assert error(check(*given)[1].double(), exact(*given)[1]) <= whole * 1.02 + 50 * U32
 
 
 @pytest.mark.parametrize("tile", TILES)
 def test_forward_holds_a_number_per_row_and_tile(tile, launched):
-    """[ceil(V / 256), T], and nothing as large as [T, V]."""
-    launched(TILES[tile])
-    h, W, targets, _ = problem(64, 2000, 8)
+    """[ceil(V / 256), T], and nothing as large as [T, V]; T = 3000, so that W is smaller too."""
+    launched(TILES[tile]._replace(T=1024))
+    h, W, targets, _ = problem(3000, 600, 2 if tile != "tma" else 4)
     with Watch() as watch:
         token_logprobs(h, W, targets)
     assert watch.calls["latro::token_logprobs"] == 1
-    assert watch.numel == -(-2000 // TILES[tile].V) * 64
+    assert watch.numel == max(-(-600 // TILES[tile].V) * 3000, h.numel())
 
 
 def test_backward_holds_a_chunk_of_columns(monkeypatch):
@@ -523,16 +546,16 @@ def test_backward_holds_a_chunk_of_columns(monkeypatch):
 
 def operator_inputs():
     h, W, targets, g = problem(9, 20, 8)
-    _, lse = token_logprob.forward(h, W, targets, 0.7)
-    return h, W, targets, lse, g
+    scale = torch.linspace(0.5, 2, 9)
+    return h, W, targets, scale, token_logprob.forward(h, W, targets, scale)[1], g
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("needs", ["hW", "h", "W", ""])
 def test_opcheck_of_the_forward_operator(needs):
-    h, W, targets, *_ = operator_inputs()
+    h, W, targets, scale, *_ = operator_inputs()
     h.requires_grad_("h" in needs), W.requires_grad_("W" in needs)
-    torch.library.opcheck(token_logprob.forward, (h, W, targets, 0.7))
+    torch.library.opcheck(token_logprob.forward, (h, W, targets, scale))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -541,7 +564,7 @@ def test_opcheck_of_the_forward_operator(needs):
 def test_opcheck_of_the_backward_operator(need_h, need_w, dtype):
     h, W, *rest = operator_inputs()
     torch.library.opcheck(token_logprob.backward,
-                          (h.to(dtype), W.to(dtype), *rest, 0.7, need_h, need_w))
+                          (h.to(dtype), W.to(dtype), *rest, need_h, need_w))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -556,8 +579,9 @@ def test_torch_compile():
         found, wanted = run(compiled, *given), run(f, *given)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted))
     assert counter.frame_count == 1
-    given = *problem(7, 20, 8), 1.5
-    assert torch.equal(run(compiled, *given)[0], run(f, *given)[0])
+    for temperature in (1.5, torch.linspace(0.5, 2, 7)):
+        given = *problem(7, 20, 8), temperature
+        assert all(torch.equal(a, b) for a, b in zip(run(compiled, *given), run(f, *given)))
 
 
 def test_under_activation_checkpointing():
