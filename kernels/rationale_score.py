@@ -47,6 +47,7 @@ def leave_one_out(r, k, K: tl.constexpr):
     best = tl.argmax(r, 0)
     rest = tl.where(k == best, float("-inf"), r)
     second = tl.max(rest, 0)
+    second = tl.where(second > float("-inf"), second, 0.0)  # nothing but the best: log 0, not NaN
     without_best = second + tl.log(tl.sum(tl.exp(rest - second), 0))
     others = tl.where(k == best, without_best, tl.log(total - tl.where(k == best, 0.0, e)))
     return tl.log(total / K), others - tl.log(1.0 * (K - 1)), e / total
@@ -71,13 +72,14 @@ def score_question(logp, logp0, z_start, y_start, ends, penalties, sum_z, sum0_z
         logp0_z, _ = sums_of(logp0, z0, y0, y0, longest, BLOCK)
         r -= beta * (logp_z - logp0_z)
         tl.store(sum0_z + n, logp0_z, live)
+    gap = tl.where(live, r, float("-inf"))
+    gap -= tl.max(gap, 0)
     if IWAE:
-        filled = tl.where(live, r, float("-inf"))  # only differences count: no digits for the rest
-        whole, others, s = leave_one_out(filled - tl.max(filled, 0), k, K)
+        whole, others, s = leave_one_out(gap, k, K)
         A = whole - others
         on_z, on_y = K * (A - beta * s), K * s
     else:
-        A = (r - tl.sum(tl.where(live, r, 0.0), 0) / K) * (K / (K - 1))
+        A = (gap - tl.sum(tl.where(live, gap, 0.0), 0) / K) * (K / (K - 1))
         on_z, on_y = A, gain if PROB else tl.full((K_PAD,), 1.0, tl.float32)
     on_z, on_y = on_z * share, on_y * answer_weight * share
     tl.store(sum_z + n, logp_z, live)
@@ -101,16 +103,16 @@ def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_star
     Tokens of no rationale get weight 0. Raises ValueError for K < 2."""
     if K < 2:
         raise ValueError(f"K = {K}: the leave-one-out baseline needs at least 2 rationales")
+    each = penalty.expand(len(end)) if isinstance(penalty, Tensor) else None
     logp, logp0, z_start, y_start, end, each = (
-        x.contiguous() if isinstance(x, Tensor) else None
-        for x in (logp, logp0, z_start, y_start, end, penalty))
+        None if x is None else x.contiguous() for x in (logp, logp0, z_start, y_start, end, each))
     N, groups, rows = len(end), len(end.view(-1, K)), triton.next_power_of_2(K)
-    block = max(16, TILE // rows)
+    block, share = max(16, TILE // rows), 1 / (total or max(N, 1))
     logp_z, logp0_z, logp_y, r, A = logp.new_empty(5, N, dtype=torch.float32)
     weights = torch.zeros_like(logp, dtype=torch.float32)
     with torch.cuda.device_of(logp):
         score_question[groups,](
             logp, logp0, z_start, y_start, end, each, logp_z, logp0_z, logp_y, r, A, weights,
-            penalty if each is None else 0.0, beta, answer_weight, 1 / (total or N), K, rows,
-            block, bound == "iwae", reward == "prob", num_warps=min(32, rows * block // 512))
+            penalty if each is None else 0.0, beta, answer_weight, share, K, rows, block,
+            bound == "iwae", reward == "prob", num_warps=min(32, rows * block // 512))
     return Scores(logp_z, None if logp0 is None else logp0_z, logp_y, r, A, weights)

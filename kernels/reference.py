@@ -35,12 +35,13 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor,
     hidden (T, D) and weight (V, D), differentiable in both; targets (T,) int64, where -100 gives 0
     and no gradient; a temperature for all, or (T,). Logits are formed in float32 (float64 stays
     float64), a chunk at a time, and again in the backward pass: never held as [T, V]."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     W, heat = weight.to(wide), torch.ones_like(targets, dtype=wide) * temperature
 
     def chunk(h: Tensor, t: Tensor, heat: Tensor) -> Tensor:
         logp = (h.to(wide) @ W.T / heat[:, None]).log_softmax(-1)
-        return logp.gather(-1, t.clamp(min=0)[:, None])[:, 0].masked_fill(t == -100, 0.0)
+        ignored = t == -100
+        return logp.gather(-1, t.masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(ignored, 0.0)
 
     rows = max(1, CHUNK // len(W))
     parts = zip(*(x.split(rows) for x in (hidden, targets, heat)), strict=True)
@@ -97,10 +98,12 @@ def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_star
     beta, log_ratio = (0.0, 0.0) if logp0 is None else (beta, logp_z - logp0_z)
     gain = logp_y.exp() if reward == "prob" else logp_y
     r = gain - beta * log_ratio - penalty
+    gap = r.view(-1, K)
+    gap = gap - gap.amax(1, keepdim=True)  # only differences count: spend no digits on the rest
     if bound == "iwae":
-        A, on_z, on_y = iwae_credit(r.view(-1, K), beta)
+        A, on_z, on_y = iwae_credit(gap, beta)
     else:
-        A, on_z, on_y = elbo_credit(r.view(-1, K), gain.view(-1, K) if reward == "prob" else 1.0)
+        A, on_z, on_y = elbo_credit(gap, gain.view(-1, K) if reward == "prob" else 1.0)
     weights = torch.stack([on_z, answer_weight * on_y], -1).flatten() / (total or len(end))
     weights = weights.repeat_interleave(span_lengths(z_start, y_start, end), output_size=len(logp))
     return Scores(logp_z, logp0_z, logp_y, r, A.flatten(), weights)
@@ -124,7 +127,6 @@ def elbo_credit(r: Tensor, slope: Tensor | float) -> tuple[Tensor, Tensor, Tenso
 def iwae_credit(r: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same for L = log mean_k exp r_k; the shares of a question sum to 1, hence the K."""
     K = r.shape[1]
-    r = r - r.amax(1, keepdim=True)  # only differences count: spend no digits on the rest
     others = r[:, None].expand(-1, K, K).masked_fill(torch.eye(K, device=r.device) > 0, -math.inf)
     A = r.logsumexp(1, keepdim=True) - math.log(K) - (others.logsumexp(2) - math.log(K - 1))
     share = r.softmax(1)

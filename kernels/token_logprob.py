@@ -207,13 +207,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @forward.register_fake
 def _(hidden, weight, targets, scale):
-    return tuple(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(scale), torch.empty_like(scale)
 
 
 @backward.register_fake
 def _(hidden, weight, targets, scale, lse, upstream, need_h, need_w):
-    return (hidden.new_empty(len(hidden) if need_h else 0, hidden.shape[1]),
-            weight.new_empty(len(weight) if need_w else 0, weight.shape[1]))
+    return (hidden.new_empty(hidden.shape[0] if need_h else 0, hidden.shape[1]),
+            weight.new_empty(weight.shape[0] if need_w else 0, weight.shape[1]))
 
 
 def remember(ctx, inputs, output):
@@ -241,6 +241,6 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor,
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if dtype == torch.float64:
         return reference.token_logprobs(hidden, weight, targets, temperature)
-    scale = torch.ones_like(targets, dtype=torch.float32) / temperature
+    scale = (torch.ones_like(targets, dtype=torch.float32) / temperature).float()
     given = hidden.to(dtype), weight.to(dtype), targets, scale
     return forward(*(x.contiguous() for x in given))[0]

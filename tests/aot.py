@@ -69,8 +69,8 @@ def launches():
                lambda: token_logprob.token_logprobs(h, W, targets, 0.7).sum().backward())
     for K in (2, 16, 100, 512):
         start, logp, each = torch.arange(0, 3 * K, 3), torch.zeros(3 * K), torch.zeros(K)
-        for options in (dict(logp0=logp, penalty=each), dict(logp0=None, penalty=0.5, reward="prob"),
-                        dict(logp0=logp, bound="iwae")):
+        for options in (dict(logp0=logp, penalty=each), dict(logp0=logp, bound="iwae"),
+                        dict(logp0=None, penalty=0.5, reward="prob")):
             yield (dict(K=K, given=", ".join(options)),
                    lambda: rationale_score.score_rationales(
                        logp, z_start=start, y_start=start + 1, end=start + 3, K=K, beta=0.05,

@@ -490,6 +490,15 @@ def test_token_logprobs_of_ignored_targets_and_of_none():
         assert logp.shape == targets.shape and not logp.any() and not dh.any() and not dW.any()
 
 
+def test_token_logprobs_of_what_is_no_token():
+    """-100 alone is ignored: any other number outside the vocabulary is an error."""
+    h, W, targets = hidden(5, 7, 3)
+    for wrong in (-1, -101, 7):
+        targets[1] = wrong
+        with pytest.raises(RuntimeError, match="index"):
+            kernels.token_logprobs(h, W, targets)
+
+
 class Largest(TorchDispatchMode):
     """Numbers in the largest tensor that an operation makes."""
     numel = 0

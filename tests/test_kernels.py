@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from conftest import TINY, launch, rows, start, untimed
 
 import kernels
-import latro
 import test_estimator
 from test_distributed import close
 from test_estimator import BATCH, error, in_one_piece, one_by_one
@@ -233,10 +232,10 @@ def test_gradcheck():
     """Steps of 0.02 in float32: the difference quotient errs by some 0.02^2 / 6 times a third
     derivative of at most 1, and by the rounding of values of size 2, 4 U32 / 0.02: below 2e-4."""
     h, W, targets, _ = problem(4, 5, 2, spread=1.0)
+    f, given = lambda h, W: token_logprobs(h, W, targets, 1.5), (h, W)
     with pytest.warns(UserWarning, match="double precision"):
-        assert torch.autograd.gradcheck(
-            lambda h, W: token_logprobs(h, W, targets, 1.5), (h.requires_grad_(), W.requires_grad_()),
-            eps=0.02, atol=3e-4, rtol=0.0)
+        assert torch.autograd.gradcheck(f, [x.requires_grad_() for x in given],
+                                        eps=0.02, atol=3e-4, rtol=0.0)
 
 
 # ------------------------------------------------------- 2. bugs that shipped elsewhere
@@ -263,8 +262,8 @@ def separable(p, T=12, V=300, dtype=torch.bfloat16):
     h, t = torch.zeros(T, 2 * T, dtype=dtype), torch.arange(T)
     h[t, 2 * t], h[t, 2 * t + 1] = 1.0, 2.0**-8
     W[targets, 2 * t] = W[targets, 2 * t + 1] = -math.inf
-    logit = torch.logsumexp(h[t, t * 2].double() * W.double()[:, ::2] + W.double()[:, 1::2] / 256, 0)
-    logit = logit + math.log(p / (1 - p))
+    logits = W[:, ::2].double() + W[:, 1::2].double() / 256
+    logit = logits.logsumexp(0) + math.log(p / (1 - p))
     W[targets, 2 * t] = logit.to(dtype)
     W[targets, 2 * t + 1] = ((logit - W[targets, 2 * t].double()) * 256).to(dtype)
     return h, W, targets, lambda dW: dW[:, ::2].T
@@ -363,8 +362,9 @@ def shifted(x):
 
 
 LAYOUTS = dict(
-    rows=lambda x: x.repeat_interleave(2, 0)[::2], columns=inside, odd_columns=lambda x: inside(x, 1, 3),
-    transposed=lambda x: x.T.contiguous().T, spaced=spaced, shifted=shifted)
+    rows=lambda x: x.repeat_interleave(2, 0)[::2], columns=inside,
+    odd_columns=lambda x: inside(x, 1, 3), transposed=lambda x: x.T.contiguous().T,
+    spaced=spaced, shifted=shifted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -509,15 +509,15 @@ def test_chunks_of_the_vocabulary_change_nothing(columns, tile, monkeypatch, lau
     check(*given)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 def test_the_least_chunk_is_one_tile(dtype, monkeypatch, launched):
-    """A sum of 50 chunks has one rounding to the gradient's dtype, not 50: it is as far from
+    """A sum of 24 chunks has one rounding to the gradient's dtype, not 24: it is as far from
     float64 as that of one chunk, but for those of float32."""
     launched(TINY_TILE)
-    given = problem(16, 50 * 16 - 3, 16, dtype)
+    given = problem(16, 24 * 16 - 3, 16, dtype)
     whole = error(run(token_logprobs, *given)[1].double(), exact(*given)[1])
     monkeypatch.setattr(token_logprob, "DZ_BYTES", 1)
-    assert error(check(*given)[1].double(), exact(*given)[1]) <= whole * 1.02 + 50 * U32
+    assert error(check(*given)[1].double(), exact(*given)[1]) <= whole * 1.02 + 24 * U32
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -556,6 +556,8 @@ def test_opcheck_of_the_forward_operator(needs):
     h, W, targets, scale, *_ = operator_inputs()
     h.requires_grad_("h" in needs), W.requires_grad_("W" in needs)
     torch.library.opcheck(token_logprob.forward, (h, W, targets, scale))
+    logp, lse = token_logprob.forward(h, W, targets, scale)
+    assert logp.requires_grad == bool(needs) and not lse.requires_grad
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -618,7 +620,7 @@ def score(*args, **options):
 
 
 def agree(found, wanted, scale=1.0):
-    """To 2e-6 of the largest number: a float32 sum of some hundred, as tight as the definition's."""
+    """To 2e-6 of the largest number: a float32 sum of some hundred, and the definition's own."""
     for name, x, y in zip(found._fields, found, wanted):
         assert (x is None) == (y is None), name
         if x is not None:
@@ -731,21 +733,21 @@ def rewarded(r, **options):
     z0 = torch.arange(len(r)) * 2
     args = None, z0, z0 + 1, z0 + 2, len(r), 0.0
     logp = torch.stack([torch.zeros(len(r)), r], 1).flatten()
-    return (score(logp, *args, **options), reference.score_rationales(logp.double(), *args, **options),
-            reference.score_rationales(logp, *args, **options))
+    definition = reference.score_rationales
+    return (score(logp, *args, **options), definition(logp.double(), *args, **options),
+            definition(logp, *args, **options))
 
 
 @pytest.mark.parametrize("bound", ["elbo", "iwae"])
 @pytest.mark.parametrize("K", [2, 3, 16, 17, 100])
 def test_differences_of_large_rewards(K, bound):
-    """Rewards of -10 000 nats that differ by hundredths. iwae takes differences first: 2e-6. elbo
-    takes their mean: it may lose two of the float32 steps of such numbers, as the definition."""
+    """Rewards of -10 000 nats that differ by hundredths: both bounds take differences first. A mean
+    of such rewards would be off by some of float32's steps there, 1e-3."""
     r = -1e4 + 0.05 * torch.randn(K, generator=torch.Generator().manual_seed(K))
     found, wanted, definition = rewarded(r, bound=bound)
-    step = 2.0**-10 if bound == "elbo" else 1e-6
     for name in ("advantage", "weights"):
         x, y, z = (getattr(s, name) for s in (found, wanted, definition))
-        assert off(x, y) <= off(z, y) + 2 * step, name
+        assert max(off(x, y), off(z, y)) <= 2e-6, name
     assert torch.equal(found.reward, r)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from conftest import ROOT, TOY
 from toy import make
 
-SPLITS = {split: [json.loads(s) for s in Path(ROOT, "toy", f"{split}.jsonl").read_text().splitlines()]
+SPLITS = {split: [*map(json.loads, Path(ROOT, "toy", f"{split}.jsonl").open())]
           for split in ("train", "validation", "test")}
 
 
@@ -27,7 +27,7 @@ def result(chain):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_rows(split):
-    """The answer follows from the chain, the chain from the question's numbers, 3 or 4 steps each."""
+    """The answer follows from the chain, that from the question's numbers, 3 or 4 steps each."""
     for row in SPLITS[split]:
         assert row["answer"] == result(row["chain"])
         steps = re.findall(r"([-+x/]) (\d+)", row["chain"])
