@@ -21,9 +21,8 @@ logp_z, logp0_z, logp_y  log pi(z|x), log pi_0(z|x), log pi(y|x+z): sums over to
 r, A                     reward and leave-one-out advantage of a rationale, nats
 """
 
-import argparse, dataclasses, json, math, os, re, resource, shutil, signal, subprocess, sys, time
+import argparse, dataclasses, json, math, os, resource, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -38,8 +37,9 @@ from tqdm import tqdm
 
 import kernels  # before transformers: see there
 import transformers
-from kernels import (Rationale, Scores, Tree, conclude, gold_rationale, plant, sample, score_given,
-                     score_rationales, token_logprobs)
+from kernels import (CONFIGS, TASKS, TEMPLATE, Rationale, Scores, Tree, answer_in, conclude,
+                     flexible, gold_rationale, plant, sample, score_given, score_rationales, strict,
+                     token_logprobs)
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -208,36 +208,6 @@ def backward(loss: Tensor) -> None:
     (loss * world_size()).backward()
 
 # ------------------------------------------------------------------------------ 3. tasks
-TEMPLATE = "The answer is"
-NUMBER = re.compile(r"-?(?:\d{1,99}/0*[1-9]\d{0,99}|\d{0,99}\.?\d{1,99})")
-
-def gsm8k(row: dict) -> tuple[str, str, str]:
-    steps, _, gold = row["answer"].rpartition("####")
-    return f"{row['question']} Let's think step by step.", gold, re.sub("<<.*?>>", "", steps)
-
-def arc_challenge(row: dict) -> tuple[str, str, str]:
-    options = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-    asked = [row["question"], *(f"- {o}" for o in options.values()), "Let's think step by step."]
-    return "\n".join(asked), options[row["answerKey"]], ""
-
-def qa(row: dict) -> tuple[str, str, str]:
-    return row["question"], row["answer"], row.get("rationale", "")
-
-TASKS = {"gsm8k": gsm8k, "arc_challenge": arc_challenge, "toy": qa, "qa": qa}
-CONFIGS = {"gsm8k": "main", "arc_challenge": "ARC-Challenge"}  # within the hub's data sets
-
-def answer_in(text: str) -> str:
-    """What a reply answers: the rest of the line behind its last template, or nothing."""
-    return text.rpartition(TEMPLATE)[2].split("\n")[0].strip() if TEMPLATE in text else ""
-
-def same_answer(said: str, gold: str) -> bool:
-    """As numbers where gold is one (1,200 = $1200.00; 2*3=6 says 6), else as text but for case."""
-    said, gold = (re.sub("[$,]", "", t.replace("\u2212", "-").strip()) for t in (said, gold))
-    if not NUMBER.fullmatch(gold):
-        return said.strip(" .").casefold().split() == gold.strip(" .").casefold().split()
-    found = NUMBER.search(said.rpartition("=")[2])
-    return found is not None and Fraction(found[0]) == Fraction(gold)
-
 def read_rows(args: Args, split: str) -> list[tuple[str, dict]]:
     """(where it stands, row) of {--data}/{split}.jsonl, or of the hub's split; [] without one."""
     if not Path(args.data).is_dir():
@@ -315,8 +285,9 @@ class Codec:
 def rollout(policy, codec: Codec, batch: list[Example], slots: list[int], stream: int, args: Args,
             K: int, room: int = 0, greedy: bool = False) -> list[list[Rationale]]:
     """K rationales a question; their randomness hangs on (seed, stream, slot), not on the batch."""
-    uniform = None if greedy else torch.tensor(np.concatenate([np.random.default_rng(
-        (args.seed, stream, slot)).random((K, args.L + room)) for slot in slots]))
+    draws = [np.random.default_rng((args.seed, stream, slot)) for slot in slots]
+    uniform = None if greedy else torch.tensor(np.concatenate(  # z's do not hang on `room`
+        [np.hstack([d.random((K, args.L)), d.random((K, room))]) for d in draws]))
     drawn = iter(sample(policy, [e.x for e in batch], codec.stops, codec.eos, K, args.L, uniform,
                         args.temperature, room))
     return [[conclude(codec, *next(drawn), e.answer, args.credit) for _ in range(K)] for e in batch]
@@ -356,45 +327,60 @@ def score(policy, reference, batch: list[Example], groups: list[list[Rationale]]
         logp, logp0, *tree.offsets, K, args.beta, bound=args.bound, reward=args.reward,
         answer_weight=args.answer_weight, penalty=args.truncation_penalty * cut, total=N)
 
-def records(codec: Codec, groups: list[list[Rationale]], s: Scores) -> list[list[dict]]:
-    """What is known of each rationale: its text, sums in nats, lengths in tokens."""
+def records(codec: Codec, batch: list[Example], groups: list[list[Rationale]], logp: Tensor,
+            s: Scores) -> list[list[dict]]:
+    """What is known of each rationale: its text, log-probs in nats, lengths in tokens.
+    template, answer, end: the log-probs of these tokens; reaches: z alone leads to the answer."""
     sums = {k: v.tolist() for k, v in s._asdict().items() if k != "weights" and v is not None}
-    sums = iter([dict(zip(sums, row)) for row in zip(*sums.values())])
-    return [[next(sums) | dict(text=codec.text(r.actions), z_len=r.length, finished=not r.cut,
-                               actions=len(r.actions), answers=len(r.y)) for r in g]
-            for g in groups]
+    sums, tokens = iter([dict(zip(sums, row)) for row in zip(*sums.values())]), iter(logp.tolist())
+
+    def row(e: Example, r: Rationale) -> dict:
+        own, n = [next(tokens) for _ in r.actions + r.y], len(e.answer)
+        t = len(r.y) - n or len(r.actions) - r.length  # the template is part of y, or of z's end
+        return next(sums) | dict(
+            text=codec.text(r.actions), z_len=r.length, finished=not r.cut, actions=len(r.actions),
+            answers=len(r.y), template=sum(own[-n - t:-n]), answer=sum(own[-n:-1]), end=own[-1],
+            reaches=flexible(codec.text(r.actions[:r.length]), e.gold))
+    return [[row(e, r) for r in group] for e, group in zip(batch, groups)]
 
 def summary(questions: list[list[dict]]) -> dict:
-    """Means over rationales; elbo is E[log pi(y|x+z)] - KL for any beta, None without pi_0."""
+    """Means over rationales; elbo is E[log pi(y|x+z)] - KL for any beta, None without pi_0.
+    reward_right: the correlation, within questions, of reward and being right."""
     samples = [s for q in questions for s in q]
     mean = lambda key: float(np.mean([s[key] for s in samples]))
     kl = mean("logp_z") - mean("logp0_z") if "logp0_z" in samples[0] else None
+    r, right = ([s[key] - np.mean([s[key] for s in q]) for q in questions for s in q]
+                for key in ("reward", "right" if "right" in samples[0] else "reaches"))
+    spread = np.linalg.norm(r) * np.linalg.norm(right)
     return dict(elbo=None if kl is None else mean("logp_y") - kl, logp_y=mean("logp_y"), kl=kl,
-                reward=mean("reward"), z_len=mean("z_len"), finished=mean("finished"),
+                **{k: mean(k) for k in ("reward", "z_len", "finished", "template", "answer", "end",
+                                        "reaches")},
                 reward_std=float(np.mean([np.std([s["reward"] for s in q]) for q in questions])),
+                reward_right=float(np.dot(r, right) / spread) if spread else None,
+                unique=float(np.mean([len({s["text"] for s in q}) / len(q) for q in questions])),
                 entropy=-mean("logp_z") / (mean("actions") or 1))  # a token's, by these samples
 
 # ------------------------------------------------------------------------------ 5. evaluation
 @torch.no_grad()
 def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Args,
-             k: int = 2) -> list[dict]:
-    """A record a question, the same however the work is split over processes.
+             k: int = 2, some: slice = slice(None)) -> list[dict]:
+    """A record for each of some questions, the same however the work is split.
     text, said, right: the greedy reply; samples: k >= 2 replies at --temperature, scored as in
     training. A reply is right where z ends within L and the gold answer follows."""
     room = max(len(e.answer) for e in examples) + len(codec.join)
     size = max(1, args.questions * args.K // world_size() // k)  # as many sequences as in a rollout
-    mine, done = share([*enumerate(examples)]), []
+    mine, done = share([*enumerate(examples)][some]), []
 
     def reply(e: Example, r: Rationale) -> dict:
         said = answer_in(text := codec.text(r.ids))
-        return dict(text=text, said=said, right=same_answer(said, e.gold))
+        return dict(text=text, said=said, right=strict(text, e.gold), actions=len(r.actions))
 
     with gathered(policy, reference):
         for slots, batch in (zip(*mine[i:i + size]) for i in range(0, len(mine), size)):
             best = rollout(policy, codec, batch, slots, 0, args, 1, room, greedy=True)
             drawn = rollout(policy, codec, batch, slots, 0, args, k, room)
             for e, (greedy,), group in zip(batch, best, drawn):
-                [rows] = records(codec, [group], score(policy, reference, [e], [group], args)[1])
+                [rows] = records(codec, [e], [group], *score(policy, reference, [e], [group], args))
                 done.append(dict(question=e.ask, gold=e.gold, **reply(e, greedy),
                                  samples=[row | reply(e, r) for row, r in zip(rows, group)]))
     return gather(done)
@@ -519,8 +505,8 @@ def read_model(args: Args) -> tuple:
                       " not supported; take a Llama, Mistral, Qwen or Phi-3 model")
     return config, tokenizer
 
-def prepare(args: Args) -> tuple[Codec, list[Example], list[Example]]:
-    """Codec, training and held-out questions: checks all that needs no weights."""
+def read_codec(args: Args) -> tuple[Codec, int]:
+    """The codec, and how many tokens --model's context holds."""
     config, tokenizer = read_model(args)
     try:
         eos = transformers.GenerationConfig.from_pretrained(args.model).eos_token_id
@@ -529,20 +515,27 @@ def prepare(args: Args) -> tuple[Codec, list[Example], list[Example]]:
     eos = [t for t in (*np.atleast_1d(eos).tolist(), tokenizer.eos_token_id) if t is not None]
     if not eos:
         raise Problem(f"--model {args.model}: no EOS in its configuration or tokenizer; set one")
-    codec = Codec(tokenizer, args.task, [*dict.fromkeys(eos)])
-    rows, held_out = read_rows(args, "train"), read_rows(args, "validation")
-    if not held_out:  # never the test split: whoever looks at it while training chooses by it
-        some = max(1, len(rows) // 16)
-        rows, held_out = rows[:-some], rows[-some:]
-    if not (n := len(rows)):
-        raise Problem(f"--data {args.data}: needs a train split of 2 rows or more")
-    rows = rows + held_out[:args.eval_questions]
-    examples, most = [codec.example(*r) for r in rows], kernels.context(config)
+    return Codec(tokenizer, args.task, [*dict.fromkeys(eos)]), kernels.context(config)
+
+def encode(codec: Codec, most: int, rows: list[tuple[str, dict]], args: Args) -> list[Example]:
+    """Rows as token ids; refuses one that `most` tokens of context cannot hold."""
+    examples = [codec.example(*r) for r in rows]
     for (where, _), e in zip(rows, examples):
         if len(e.x) + max(args.L, len(e.z)) + len(codec.join + e.answer) > most:
             raise Problem(f"{where}: {len(e.x)} tokens of prompt, --L {args.L} and an answer exceed"
                           f" the model's context of {most}; lower --L or drop the row")
-    return codec, examples[:n], examples[n:]
+    return examples
+
+def prepare(args: Args) -> tuple[Codec, list[Example], list[Example]]:
+    """Codec, training and held-out questions: checks all that needs no weights."""
+    codec, most = read_codec(args)
+    rows, held_out = read_rows(args, "train"), read_rows(args, "validation")
+    if not held_out:  # never the test split: whoever looks at it while training chooses by it
+        some = max(1, len(rows) // 16)
+        rows, held_out = rows[:-some], rows[-some:]
+    if not rows:
+        raise Problem(f"--data {args.data}: needs a train split of 2 rows or more")
+    return codec, *(encode(codec, most, r, args) for r in (rows, held_out[:args.eval_questions]))
 
 def train(args: Args) -> None:
     """Algorithm 1 of the paper."""
@@ -576,7 +569,7 @@ def train(args: Args) -> None:
                 logp, s = score(policy, reference, x, z, args)
             with timed(seconds, "backward"):
                 backward(-(s.weights * logp).sum())
-            rows += records(codec, z, s)
+            rows += records(codec, x, z, logp.detach(), s)
         with timed(seconds, "step"):
             norm, lr = update(policy, optimizer, step, args)
         step += 1
@@ -623,14 +616,10 @@ def report(args: Args) -> None:
         say(f"\n{before['question']}  [{before['gold']}]")
         say(f"  before: {before['text']}\n  after:  {after['text']}")
 
-def main(argv: list[str] | None = None) -> int:
+def guarded(program: str, work) -> int:
     """Exit code 0, or 1 after one line on stderr."""
     try:
-        args = parse(argv)
-        if args.plan:
-            say(kernels.memory_table(read_model(args)[0], args, args.questions // world_size()))
-        else:
-            train(args)
+        work()
         return 0
     except Problem as e:
         why = e if is_first() else None
@@ -642,8 +631,17 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     if why:
-        print(f"latro.py: {why}", file=sys.stderr)
+        print(f"{program}: {why}", file=sys.stderr)
     return 1
+
+def begin(argv: list[str] | None) -> None:
+    args = parse(argv)
+    if args.plan:
+        return say(kernels.memory_table(read_model(args)[0], args, args.questions // world_size()))
+    train(args)
+
+def main(argv: list[str] | None = None) -> int:
+    return guarded("latro.py", lambda: begin(argv))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,10 +15,12 @@ import torch
 from transformers import utils
 
 from . import reference
+from .answers import TEMPLATE, answer_in, canonical, flexible, majority, same_answer, strict
 from .attention import attention, context, tree_mask, unsupported, window
 from .memory import memory_table
 from .reference import Scores, pick_tokens, score_given, span_sums
 from .sampler import sample
+from .tasks import CONFIGS, TASKS
 from .tree import Rationale, Tree, conclude, gold_rationale, plant
 
 for module in (utils, utils.import_utils):

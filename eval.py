@@ -1,0 +1,254 @@
+"""Grades a checkpoint beside the model it came from, and beside SFT, on the same questions.
+
+    python eval.py --ckpt out/                                    one table, with 95 % intervals
+    python eval.py --ckpt out/ --sft sft/ --show 5 --report out/report.html --figures
+    torchrun --nproc_per_node 8 eval.py --ckpt out/ --task gsm8k --k 32
+
+Every row answers the same test questions from the same prompts with the same random numbers, which
+hang on (--seed, question) alone: neither --batch nor the number of processes changes a sample. Each
+question is written to --out as it is done; an interrupted run goes on from there.
+
+greedy, T = 1  accuracy of the greedy reply, and of one of k samples: strict, the answer behind the
+               template; loose: or the last number, the last option (kernels/answers.py)
+maj@k, pass@k  accuracy of the most frequent answer, ties to the one given first; of any
+log p(y|x)     of the answer behind the template without a rationale, and with a sampled one, nats
+ELBO, bound    E log p(y|x+z) - KL to the base; log mean_k p(y|x+z) pi_0(z|x) / pi(z|x), nats
+z, ends        length of the rationale in tokens, share that ended before L
+"""
+
+import argparse, dataclasses, json, math, shlex, sys
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import latro  # before transformers: see there
+from kernels import flexible, gold_rationale, majority, same_answer
+from latro import Example, Problem
+
+RESAMPLES = 10_000
+SHARES = "greedy", "loose", "T = 1", "maj@k", "pass@k", "ends"
+SAVED = "task", "data", "L", "seed"  # flags of latro.py whose values are the checkpoint's
+
+
+# ------------------------------------------------------------------------------ 1. arguments
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="eval.py", allow_abbrev=False)
+    parser.error = latro.refuse
+    count = lambda least: lambda text: int(text) if int(text) >= least else latro.refuse(
+        f"{text}: must be at least {least}")
+    add = parser.add_argument
+    add("--ckpt", nargs="+", required=True, help="directories of runs of latro.py")
+    add("--base", help="hub id or directory (default: what --ckpt was trained from)")
+    add("--sft", help="a third row: directory of a run with --objective sft")
+    add("--task", choices=[*latro.TASKS], help="(default: that of --ckpt)")
+    add("--data", help="directory with test.jsonl, or a hub id (default: that of --ckpt)")
+    add("--split", default="test", help="(default: test)")
+    add("--k", type=count(2), default=8, help="samples a question (default: 8)")
+    add("--L", type=count(1), help="longest rationale, tokens (default: that of --ckpt)")
+    add("--questions", type=count(0), default=0, help="the first so many; 0: all (default: 0)")
+    add("--batch", type=count(1), default=16, help="questions at a time (default: 16)")
+    add("--seed", type=count(0), default=0, help="of the samples (default: 0)")
+    add("--out", help="directory of the results (default: {--ckpt}/eval)")
+    return parser.parse_args(argv)
+
+
+def settings(flags: argparse.Namespace) -> latro.Args:
+    """The checkpoint's own settings where no flag says otherwise; y is what follows the template
+    for every row, whatever it was trained on."""
+    first = Path(flags.ckpt[0])
+    for folder in filter(None, [*flags.ckpt, flags.sft]):
+        if not Path(folder, "config.json").exists():
+            raise Problem(f"{folder}: no model there; name the --out of a run that has saved one")
+    note = first / "latro.json"
+    saved = json.loads(note.read_text()) if note.exists() else dict(args={}, base=None)
+    given = {k: v for k, v in vars(flags).items() if k in SAVED and v is not None}
+    own = saved["args"] | given | dict(
+        model=flags.base or saved["base"], out=flags.out or str(first / "eval"),
+        credit="answer", bound="elbo", reward="logp", truncation_penalty=0.0, checkpointing=False)
+    needed = dict(task="task", data="data", base="model")
+    if missing := [f"--{flag}" for flag, k in needed.items() if not own.get(k)]:
+        raise Problem(f"--ckpt {first} has no latro.json that says so: give {', '.join(missing)}")
+    return latro.Args(**own)
+
+
+# ------------------------------------------------------------------------------ 2. replies
+def fingerprint(model: str) -> list:
+    """Tells one state of a model directory from another."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def evidence(policy, codec, examples: list[Example], some: slice, args) -> list[dict]:
+    """What the gold answer is worth without a rationale, with the question's gold one and with
+    another question's: log-probs of template, answer and end, nats."""
+    def worth(i: int, e: Example) -> dict:
+        given = dict(direct=[], gold=e.z, other=examples[(i + 1) % len(examples)].z)
+        given = {name: z for name, z in given.items() if z or name == "direct"}
+        group = [gold_rationale(codec, z, e.answer) for z in given.values()]
+        [rows] = latro.records(codec, [e], [group], *latro.score(policy, None, [e], [group], args))
+        return {name: {k: r[k] for k in ("template", "answer", "end")}
+                for name, r in zip(given, rows)}
+
+    with torch.no_grad(), latro.gathered(policy):
+        return latro.gather([worth(i, e) for i, e in latro.share([*enumerate(examples)][some])])
+
+
+def replies(name: str, model: str, load, reference, codec, examples: list[Example],
+            args: latro.Args, flags: argparse.Namespace) -> list[dict]:
+    """A record a question, in {out}/{name}.jsonl too: what is there already is not made again."""
+    path = Path(args.out, f"{name}.jsonl")
+    head = dict(model=model, weights=fingerprint(model), split=flags.split, k=flags.k, L=args.L,
+                seed=args.seed, data=args.data, questions=len(examples))
+    held = [json.loads(s) for s in path.read_text().split("\n")[:-1]] if path.exists() else []
+    done = held[1:] if held[:1] == [head] else []
+    dist.barrier()  # all have read before the first one writes
+    if latro.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        latro.write(path, "".join(json.dumps(r) + "\n" for r in [head, *done]))
+    policy = load(model) if len(done) < len(examples) else None
+    bar = tqdm(total=len(examples), initial=len(done), desc=name, disable=not latro.is_first())
+    while len(done) < len(examples):
+        some = slice(len(done), len(done) + flags.batch)
+        fresh = latro.evaluate(policy, reference(), codec, examples, args, flags.k, some)
+        for row, known in zip(fresh, evidence(policy, codec, examples, some, args)):
+            done.append(row | known)
+            latro.log(args, path.name, done[-1])
+        bar.update(len(fresh))
+        bar.set_postfix(greedy=f"{np.mean([r['right'] for r in done]):.3f}")
+    bar.close()
+    return done
+
+
+# ------------------------------------------------------------------------------ 3. numbers
+def options(question: str) -> list[str]:
+    """What ARC-Challenge offers, a line each."""
+    return [line[2:] for line in question.split("\n") if line.startswith("- ")]
+
+
+def bound(samples: list[dict]) -> float:
+    """log mean_k pi(y|x+z) pi_0(z|x) / pi(z|x), nats."""
+    logs = np.array([s["logp_y"] - s["logp_z"] + s["logp0_z"] for s in samples])
+    return float(np.logaddexp.reduce(logs) - math.log(len(logs)))
+
+
+def columns(row: dict) -> dict[str, float]:
+    """What one question says of a model, by column of the table."""
+    samples, gold = row["samples"], row["gold"]
+    mean = lambda values: float(np.mean([*values]))
+    return {
+        "greedy": row["right"], "loose": flexible(row["text"], gold, options(row["question"])),
+        "T = 1": mean(s["right"] for s in samples),
+        "maj@k": same_answer(majority([s["said"] for s in samples]), gold),
+        "pass@k": any(s["right"] for s in samples),
+        "log p(y|x)": row["direct"]["answer"] + row["direct"]["end"],
+        "log p(y|x+z)": mean(s["logp_y"] for s in samples),
+        "ELBO": mean(s["logp_y"] - s["logp_z"] + s["logp0_z"] for s in samples),
+        "bound": bound(samples), "z": mean(s["z_len"] for s in samples),
+        "ends": mean(s["finished"] for s in samples)}
+
+
+class Estimate(NamedTuple):
+    """A mean over questions and the 95 % interval of the bootstrap over questions."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def estimates(values: np.ndarray) -> list[Estimate]:
+    """One for each column of (questions, columns); the same resamples for every call of a size."""
+    n = len(values)
+    weights = np.random.default_rng(0).multinomial(n, [1 / n] * n, RESAMPLES) / n
+    ends = np.quantile(weights @ values, [0.025, 0.975], axis=0)
+    return [Estimate(*map(float, e)) for e in zip(values.mean(0), *ends)]
+
+
+def mcnemar(before: list[bool], after: list[bool]) -> tuple[int, int, float]:
+    """Questions mended and broken, and the exact two-sided p of such a split if both were as
+    likely (McNemar 1947, the binomial form)."""
+    mended = sum(b > a for a, b in zip(before, after))
+    broken = sum(a > b for a, b in zip(before, after))
+    n, few = mended + broken, min(mended, broken)
+    tail = sum(math.comb(n, i) for i in range(few + 1))
+    return mended, broken, min(1.0, float(Fraction(2 * tail, 2**n)))
+
+
+def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
+    """By row of the table: its estimates, and what they differ by from the first row's."""
+    values = {name: [columns(r) for r in done] for name, done in rows.items()}
+    numbers = {name: np.array([[*v.values()] for v in of], float) for name, of in values.items()}
+    first, *_ = rows
+    names = [*values[first][0]]
+
+    def of(name: str) -> dict:
+        own = dict(zip(names, estimates(numbers[name])))
+        if name == first:
+            return dict(columns=own)
+        gain = dict(zip(names, estimates(numbers[name] - numbers[first])))
+        pair = [[r["right"] for r in rows[n]] for n in (first, name)]
+        return dict(columns=own, gain=gain, mcnemar=mcnemar(*pair))
+    return {name: of(name) for name in rows}
+
+
+def table(found: dict[str, dict], k: int) -> str:
+    """Markdown."""
+    names = [*next(iter(found.values()))["columns"]]
+    digits = lambda name: 1 if name == "z" else 3 if name in SHARES else 2
+    show = lambda e, d: f"{e.mean:.{d}f} ({e.low:.{d}f} to {e.high:.{d}f})"
+    heads = [n.replace("@k", f"@{k}").replace("|", "\\|") for n in names]
+    lines = [["", *heads], ["---"] * (len(names) + 1)]
+    for name, row in found.items():
+        lines.append([name, *(show(row["columns"][n], digits(n)) for n in names)])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def verdict(name: str, base: str, row: dict) -> str:
+    """The paired comparison of greedy replies, in a sentence."""
+    mended, broken, p = row["mcnemar"]
+    gain = row["gain"]["greedy"]
+    return (f"{name} - {base}, greedy, same questions: {gain.mean:+.3f} ({gain.low:+.3f} to"
+            f" {gain.high:+.3f}); {mended} mended, {broken} broken, McNemar's exact p = {p:.2g}")
+
+
+# ------------------------------------------------------------------------------ 4. main
+def evaluation(flags: argparse.Namespace, argv: list[str]) -> None:
+    """All rows, the table, and {out}/eval.json with every reply."""
+    args, device = settings(flags), latro.connect()
+    codec, most = latro.read_codec(args)
+    asked = latro.read_rows(args, flags.split)[:flags.questions or None]
+    if not asked:
+        raise Problem(f"--data {args.data}: no {flags.split} split; see --split")
+    examples = latro.encode(codec, most, asked, args)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    @cache
+    def load(model: str):
+        return latro.load(dataclasses.replace(args, model=model), device, dtype)
+
+    models = dict(base=args.model) | (dict(sft=flags.sft) if flags.sft else {})
+    models |= {Path(folder).resolve().name: folder for folder in flags.ckpt}
+    rows = {name: replies(name, model, load, lambda: load(args.model), codec, examples, args, flags)
+            for name, model in models.items()}
+    found = results(rows)
+    latro.say(f"\n{len(examples)} questions of {args.data}, {flags.split}\n")
+    latro.say(table(found, flags.k) + "\n")
+    for name in [*models][1:]:
+        latro.say(verdict(name, "base", found[name]))
+    if latro.is_first():
+        held = dict(command=shlex.join(["eval.py", *argv]), models=models, results=found, rows=rows)
+        latro.write(Path(args.out, "eval.json"), json.dumps(held))
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    return latro.guarded("eval.py", lambda: evaluation(parse(argv), argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
