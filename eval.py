@@ -154,7 +154,8 @@ def columns(row: dict) -> dict[str, float]:
 
 
 class Estimate(NamedTuple):
-    """A mean over questions and the 95 % interval of the bootstrap over questions."""
+    """A mean over questions and the 95 % interval of the bootstrap over questions (which has no
+    width where all questions agree)."""
 
     mean: float
     low: float
@@ -196,16 +197,31 @@ def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
     return {name: of(name) for name in rows}
 
 
-def table(found: dict[str, dict], k: int) -> str:
-    """Markdown."""
+def cells(found: dict[str, dict], k: int) -> list[list[tuple[str, str]]]:
+    """The table: heads, then a row a model; (mean, interval) each."""
+    digits = lambda name: 3 if name in SHARES else 1 if name == "z" else 2
     names = [*next(iter(found.values()))["columns"]]
-    digits = lambda name: 1 if name == "z" else 3 if name in SHARES else 2
-    show = lambda e, d: f"{e.mean:.{d}f} ({e.low:.{d}f} to {e.high:.{d}f})"
-    heads = [n.replace("@k", f"@{k}").replace("|", "\\|") for n in names]
-    lines = [["", *heads], ["---"] * (len(names) + 1)]
+    rows = [[("", ""), *((name.replace("@k", f"@{k}"), "") for name in names)]]
     for name, row in found.items():
-        lines.append([name, *(show(row["columns"][n], digits(n)) for n in names)])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        said = [[f"{x:.{digits(n)}f}" for x in row["columns"][n]] for n in names]
+        rows.append([(name, ""), *((mean, f"{low}..{high}") for mean, low, high in said)])
+    return rows
+
+
+def table(found: dict[str, dict], k: int) -> str:
+    """For a terminal: the interval below the mean."""
+    rows = cells(found, k)
+    lines = [[cell[i] for cell in row] for row in rows for i in (0, 1)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = ["  ".join(map(str.rjust, line, widths)).rstrip() for line in lines]
+    return "\n".join(filter(None, lines))
+
+
+def markdown(found: dict[str, dict], k: int) -> str:
+    heads, *rows = cells(found, k)
+    lines = [[head.replace("|", "\\|") for head, _ in heads], ["---"] * len(heads)]
+    lines += [[f"{mean} ({span})" if span else mean for mean, span in row] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def verdict(name: str, base: str, row: dict) -> str:
@@ -241,8 +257,10 @@ def evaluation(flags: argparse.Namespace, argv: list[str]) -> None:
     for name in [*models][1:]:
         latro.say(verdict(name, "base", found[name]))
     if latro.is_first():
-        held = dict(command=shlex.join(["eval.py", *argv]), models=models, results=found, rows=rows)
+        held = latro.facts() | dict(command=shlex.join(["eval.py", *argv]), models=models,
+                                    settings=dataclasses.asdict(args), results=found, rows=rows)
         latro.write(Path(args.out, "eval.json"), json.dumps(held))
+        latro.write(Path(args.out, "eval.md"), markdown(found, flags.k))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -402,19 +402,23 @@ def read_log(args: Args, name: str) -> list[dict]:
     """The rows of a log; a last line that a kill tore does not count."""
     return [json.loads(s) for s in Path(args.out, name).read_text().split("\n")[:-1]]
 
+def facts() -> dict:
+    """What the numbers of a run hang on, beside its settings."""
+    git = ["git", "-C", HERE, "rev-parse", "HEAD"]
+    return dict(
+        commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        torch=torch.__version__, transformers=transformers.__version__, python=sys.version,
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        cores=os.cpu_count(), processes=world_size())
+
 def open_run(args: Args) -> None:
-    """Makes --out and notes there what the run's numbers hang on."""
+    """Makes --out and notes there what the run was asked to do."""
     out = Path(args.out)
     dist.barrier()
     if is_first() and not (out / "latro.json").exists():
         (out / "state").mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", HERE, "rev-parse", "HEAD"]
-        write(out / "latro.json", json.dumps(dict(
-            args=dataclasses.asdict(args) | dict(resume=False), base=args.model,
-            commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-            torch=torch.__version__, transformers=transformers.__version__, python=sys.version,
-            gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            cores=os.cpu_count(), processes=world_size()), indent=2))
+        note = dict(args=dataclasses.asdict(args) | dict(resume=False), base=args.model) | facts()
+        write(out / "latro.json", json.dumps(note, indent=2))
     dist.barrier()
 
 def save(args: Args, policy, optimizer, tokenizer, step: int) -> None:
@@ -612,9 +616,8 @@ def report(args: Args) -> None:
     say(f"\n{rows[0]['n']:4} held-out questions     before   after")
     for k, name in (("greedy", "greedy accuracy"), ("sampled", "accuracy of a sample"), *SHOWN):
         say(f"{name:24}" + "".join("       -" if r[k] is None else f"{r[k]:8.3f}" for r in rows))
-    for before, after in zip(looks[0], looks[-1]):
-        say(f"\n{before['question']}  [{before['gold']}]")
-        say(f"  before: {before['text']}\n  after:  {after['text']}")
+    for a, b in zip(looks[0], looks[-1]):
+        say(f"\n{a['question']}  [{a['gold']}]\n  before: {a['text']}\n  after:  {b['text']}")
 
 def guarded(program: str, work) -> int:
     """Exit code 0, or 1 after one line on stderr."""

@@ -8,7 +8,7 @@ import re
 
 
 def gsm8k(row: dict) -> tuple[str, str, str]:
-    steps, _, gold = row["answer"].rpartition("####")
+    steps, gold = row["answer"].rsplit("####", 1)
     return f"{row['question']} Let's think step by step.", gold, re.sub("<<.*?>>", "", steps)
 
 

@@ -1,0 +1,183 @@
+"""eval.py: the same replies however the work is split or interrupted, and what is made of them."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eval as grading
+import latro
+from conftest import ROOT, TINY, TOY, launch, start
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A checkpoint two updates away from the toy's base."""
+    return start(*TINY, "--steps", 2, out=tmp_path_factory.mktemp("eval") / "run")
+
+
+def grade(run, out, *flags):
+    """eval.json of eval.py in this process: 8 questions, 3 samples each."""
+    flags = "--ckpt", run, "--out", out, "--k", 3, *flags
+    assert grading.main([*map(str, flags)]) == 0
+    return json.loads(Path(out, "eval.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def graded(run, tmp_path_factory):
+    return grade(run, tmp_path_factory.mktemp("graded"))
+
+
+def test_rows_and_records(graded, run):
+    """Each row of the table answers every question, with k samples and their log-probs."""
+    assert list(graded["rows"]) == list(graded["results"]) == ["base", run.name]
+    for records in graded["rows"].values():
+        assert len(records) == 8 and all(len(r["samples"]) == 3 for r in records)
+    asked = [[r["question"] for r in records] for records in graded["rows"].values()]
+    assert asked[0] == asked[1]
+    for r in graded["rows"]["base"]:  # the base is its own reference
+        assert all(s["logp_z"] == s["logp0_z"] for s in r["samples"])
+    assert any(s["logp_z"] != s["logp0_z"] for r in graded["rows"][run.name] for s in r["samples"])
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_batches_change_nothing(graded, run, tmp_path, batch):
+    assert grade(run, tmp_path, "--batch", batch)["rows"] == graded["rows"]
+
+
+def close(a, b):
+    """Equal, floats to 1e-4: other matrix shapes, other rounding."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4) if isinstance(a, float) else a == b
+
+
+def test_processes_change_nothing(graded, run, tmp_path):
+    code, _, err = launch("--ckpt", run, "--out", tmp_path, "--k", 3, processes=2,
+                          script=ROOT / "eval.py")
+    assert code == 0, err
+    held = json.loads(Path(tmp_path, "eval.json").read_text())
+    assert close(held["rows"], graded["rows"])
+    assert close(held["results"], graded["results"])
+
+
+def test_goes_on_where_it_was_interrupted(graded, run, tmp_path, monkeypatch):
+    """Neither a question lost nor one done twice, also behind a line that a kill tore."""
+    evaluate, seen = latro.evaluate, []
+
+    def interrupted(*args):
+        if len(seen) == 2:
+            raise OSError("pulled the plug")
+        seen.append(args[-1])
+        return evaluate(*args)
+    flags = ["--ckpt", str(run), "--out", str(tmp_path), "--k", "3", "--batch", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(latro, "evaluate", interrupted)
+        assert grading.main(flags) == 1
+    with open(tmp_path / "base.jsonl", "a") as f:
+        f.write('{"question": "torn')
+    asked = []
+    monkeypatch.setattr(latro, "evaluate", lambda *a: asked.append(a[-1]) or evaluate(*a))
+    assert grading.main(flags) == 0
+    assert asked[0] == slice(6, 9) and len(asked) == 4  # the rest of the base; all of the run
+    assert json.loads(Path(tmp_path, "eval.json").read_text())["rows"] == graded["rows"]
+    asked.clear()
+    assert grading.main(flags) == 0 and not asked
+
+
+@pytest.mark.parametrize("flags", [
+    ["--k", 2], ["--seed", 1], ["--L", 20], ["--split", "validation"]])
+def test_other_settings_start_anew(graded, run, tmp_path, flags):
+    for name in ("base", run.name):
+        lines = [json.dumps(r) for r in graded["rows"][name]]
+        Path(tmp_path, f"{name}.jsonl").write_text("\n".join(["{}", *lines, ""]))
+    again = grade(run, tmp_path, *flags)
+    assert again["rows"] != graded["rows"]
+
+
+def test_trained_further_starts_anew(graded, run, tmp_path):
+    """Rows of another state of the weights are not taken for this one's."""
+    grade(run, tmp_path)
+    weights = run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    before = (tmp_path / f"{run.name}.jsonl").stat().st_ino
+    grade(run, tmp_path)
+    assert (tmp_path / f"{run.name}.jsonl").stat().st_ino != before
+
+
+# ------------------------------------------------------- numbers
+
+def sample(said, logp_y=-1.0, kl=0.0, right=False, z_len=3, finished=True):
+    return dict(said=said, right=right, logp_y=logp_y, logp_z=kl - 5, logp0_z=-5.0, z_len=z_len,
+                finished=finished)
+
+
+def record(said, samples, gold="4", text="", right=False):
+    return dict(question="?", gold=gold, said=said, text=text or f"The answer is {said}.",
+                right=right, direct=dict(template=-9.0, answer=-2.0, end=-0.5), samples=samples)
+
+
+def test_columns():
+    r = record("5", [sample("4", -1.0, 2.0, True, 3), sample("7", -3.0, 0.0, False, 5, False),
+                     sample("4.0", -2.0, 1.0, True, 4)], text="It is 5, so 4")
+    found = grading.columns(r)
+    assert found == pytest.approx({
+        "greedy": 0, "loose": 1, "T = 1": 2 / 3, "maj@k": 1, "pass@k": 1, "log p(y|x)": -2.5,
+        "log p(y|x+z)": -2, "ELBO": -3, "z": 4, "ends": 2 / 3,
+        "bound": math.log((math.exp(-3) + math.exp(-3) + math.exp(-3)) / 3)})
+
+
+def test_estimates():
+    """Of a Bernoulli mean: the quantiles of the binomial distribution; a constant has no width."""
+    values = np.array([[1.0, 7.0]] * 30 + [[0.0, 7.0]] * 70)
+    share, constant = grading.estimates(values)
+    assert constant == pytest.approx((7, 7, 7))
+    assert share.mean == 0.3
+    probability = [math.comb(100, i) * 0.3**i * 0.7**(100 - i) for i in range(101)]
+    cdf = list(itertools.accumulate(probability))
+    low, high = (next(i for i, c in enumerate(cdf) if c >= q) / 100 for q in (0.025, 0.975))
+    assert abs(share.low - low) <= 0.01 and abs(share.high - high) <= 0.01
+
+
+def test_mcnemar_by_enumeration():
+    """Every way in which n differing questions can fall: as far from even as what was seen."""
+    for mended, broken in itertools.product(range(6), repeat=2):
+        n = mended + broken
+        before = [False] * mended + [True] * broken + [True, False]
+        after = [True] * mended + [False] * broken + [True, False]
+        seen = abs(mended - broken)
+        p = sum(abs(2 * sum(ways) - n) >= seen for ways in itertools.product((0, 1), repeat=n))
+        assert grading.mcnemar(before, after) == (mended, broken, pytest.approx(p / 2**n))
+
+
+def test_gains_are_paired():
+    """A model that is better on every question by the same amount has a gain without interval."""
+    rows = {name: [record("4", [sample("4", logp_y=y + gain)] * 2) for y in (-1.0, -8.0, -3.0)]
+            for name, gain in (("base", 0.0), ("run", 0.5))}
+    found = grading.results(rows)
+    assert found["run"]["gain"]["log p(y|x+z)"] == pytest.approx((0.5, 0.5, 0.5))
+    low, high = found["run"]["columns"]["log p(y|x+z)"][1:]
+    assert high - low > 1 and "gain" not in found["base"]
+
+
+# ------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("flags, words", [
+    ("--ckpt nowhere", ["nowhere"]), ("--ckpt {empty}", ["no model"]), ("", ["--ckpt"]),
+    ("--ckpt {run} --k 1", ["1", "at least 2"]), ("--ckpt {run} --batch 0", ["at least 1"]),
+    ("--ckpt {run} --split dev", ["dev", "--split"]), ("--ckpt {run} --data {empty}", ["test"]),
+    ("--ckpt {run} --sft nowhere", ["nowhere"]), ("--ckpt {toy}", ["--task", "--data", "--base"]),
+    ("--ckpt {run} --base nowhere", ["nowhere"]), ("--ckpt {run} --L 5000", ["--L", "context"]),
+    ("--ckpt {run} --task gsm8k", ["gsm8k"]), ("--ckpt {run} --k many", ["many"]),
+])  # fmt: skip
+def test_refusals(flags, words, run, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    flags = flags.format(run=run, toy=TOY, empty=tmp_path / "empty").split()
+    assert grading.main([*flags, "--out", str(tmp_path / "out")]) == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("eval.py: ") and all(word in line for word in words)
