@@ -40,7 +40,7 @@ FILES = [("gsm8k", "train", 7473), ("gsm8k", "test", 1319), ("arc_challenge", "t
 def test_same_answer(said, gold, right):
     """Released-code defect 11: "salt water" counts for "water", an exact "9.8 m/s" and "2*3=6" do
     not. Nothing that a model may write raises."""
-    assert latro.same_answer(said, gold) is right
+    assert kernels.same_answer(said, gold) is right
 
 
 @pytest.mark.parametrize("reply, said", [
@@ -49,7 +49,7 @@ def test_same_answer(said, gold, right):
     ("", ""),
 ])  # fmt: skip
 def test_answer_in(reply, said):
-    assert latro.answer_in(reply) == said
+    assert kernels.answer_in(reply) == said
 
 
 # ---- real rows
@@ -62,25 +62,25 @@ def test_real_rows(task, split, count):
     read = latro.read_rows(args, split)
     assert len(read) == count
     for _, row in read:
-        ask, gold, rationale = (text.strip() for text in latro.TASKS[task](row))
+        ask, gold, rationale = (text.strip() for text in kernels.TASKS[task](row))
         assert row["question"].strip() in ask and ask.endswith("Let's think step by step.") and gold
-        assert latro.same_answer(f" {gold}.", gold)
+        assert kernels.same_answer(f" {gold}.", gold)
         if task == "gsm8k":
             assert row["answer"].endswith(f"#### {gold}") and rationale
             assert not any(mark in rationale for mark in ("<<", ">>", "####"))
-            assert not latro.same_answer(f"{gold}1", gold)
+            assert not kernels.same_answer(f"{gold}1", gold)
         else:
             options = dict(zip(row["choices"]["label"], row["choices"]["text"]))
             assert gold == options[row["answerKey"]].strip()
             assert all(o in ask for o in options.values())
             others = {o.casefold().strip(" .") for o in options.values()}
             others.discard(gold.casefold().strip(" ."))
-            assert not any(latro.same_answer(o, gold) for o in others), row
+            assert not any(kernels.same_answer(o, gold) for o in others), row
 
 
 def test_gsm8k_rationale_reads_as_text():
     row = dict(question="How many?", answer="He has 48/2 = <<48/2=24>>24 clips.\n#### 1,024")
-    assert [t.strip() for t in latro.gsm8k(row)] == [
+    assert [t.strip() for t in kernels.tasks.gsm8k(row)] == [
         "How many? Let's think step by step.", "1,024", "He has 48/2 = 24 clips."]
 
 
