@@ -85,15 +85,15 @@ def fingerprint(model: str) -> list:
 
 
 def evidence(policy, codec, examples: list[Example], some: slice, args) -> list[dict]:
-    """What the gold answer is worth without a rationale, with the question's gold one and with
-    another question's: log-probs of template, answer and end, nats."""
+    """What the gold answer is worth without a rationale, with the one given in the data and
+    with another question's: log-probs of template, answer and end, nats."""
     def worth(i: int, e: Example) -> dict:
-        given = dict(direct=[], gold=e.z, other=examples[(i + 1) % len(examples)].z)
-        given = {name: z for name, z in given.items() if z or name == "direct"}
-        group = [gold_rationale(codec, z, e.answer) for z in given.values()]
+        known = dict(direct=[], given=e.z, other=examples[(i + 1) % len(examples)].z)
+        known = {name: z for name, z in known.items() if z or name == "direct"}
+        group = [gold_rationale(codec, z, e.answer) for z in known.values()]
         [rows] = latro.records(codec, [e], [group], *latro.score(policy, None, [e], [group], args))
         return {name: {k: r[k] for k in ("template", "answer", "end")}
-                for name, r in zip(given, rows)}
+                for name, r in zip(known, rows)}
 
     with torch.no_grad(), latro.gathered(policy):
         return latro.gather([worth(i, e) for i, e in latro.share([*enumerate(examples)][some])])
