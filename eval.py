@@ -68,7 +68,7 @@ def settings(flags: argparse.Namespace) -> latro.Args:
     note = first / "latro.json"
     saved = json.loads(note.read_text()) if note.exists() else dict(args={}, base=None)
     given = {k: v for k, v in vars(flags).items() if k in SAVED and v is not None}
-    own = saved["args"] | given | dict(
+    own = dict(questions=3 * latro.world_size()) | saved["args"] | given | dict(
         model=flags.base or saved["base"], out=flags.out or str(first / "eval"),
         credit="answer", bound="elbo", reward="logp", truncation_penalty=0.0, checkpointing=False)
     needed = dict(task="task", data="data", base="model")
