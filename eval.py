@@ -16,9 +16,13 @@ ELBO, bound    E log p(y|x+z) - KL to the base; log mean_k p(y|x+z) pi_0(z|x) / 
 z, ends        length of the rationale in tokens, share that ended before L
 """
 
-import argparse, dataclasses, json, math, shlex, sys
+import argparse, dataclasses, json, math, re, shlex, shutil, sys, textwrap
+from base64 import b64encode
+from collections import Counter
 from fractions import Fraction
 from functools import cache
+from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +37,9 @@ from latro import Example, Problem
 
 RESAMPLES = 10_000
 SHARES = "greedy", "loose", "T = 1", "maj@k", "pass@k", "ends"
+GROUPS = {(False, True): "fixed", (True, False): "broken", (True, True): "both right",
+          (False, False): "both wrong"}  # by the greedy replies of the first row and of the last
+PAGE = latro.HERE / "assets" / "report.html"
 SAVED = "task", "data", "L", "seed"  # flags of latro.py whose values are the checkpoint's
 
 
@@ -55,6 +62,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch", type=count(1), default=16, help="questions at a time (default: 16)")
     add("--seed", type=count(0), default=0, help="of the samples (default: 0)")
     add("--out", help="directory of the results (default: {--ckpt}/eval)")
+    add("--show", type=count(0), default=0, help="questions to print with replies (default: 0)")
+    add("--report", help="HTML file to write: every question with all its replies")
     return parser.parse_args(argv)
 
 
@@ -196,16 +205,21 @@ def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
     return {name: of(name) for name in rows}
 
 
-def table(found: dict[str, dict], k: int) -> str:
-    """Markdown."""
+def cells(found: dict[str, dict], k: int) -> list[list[str]]:
+    """The table's text: a line of names, then one for each row."""
     names = [*next(iter(found.values()))["columns"]]
     digits = lambda name: 1 if name == "z" else 3 if name in SHARES else 2
     show = lambda e, d: f"{e.mean:.{d}f} ({e.low:.{d}f} to {e.high:.{d}f})"
-    heads = [n.replace("@k", f"@{k}").replace("|", "\\|") for n in names]
-    lines = [["", *heads], ["---"] * (len(names) + 1)]
-    for name, row in found.items():
-        lines.append([name, *(show(row["columns"][n], digits(n)) for n in names)])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return [["", *(n.replace("@k", f"@{k}") for n in names)],
+            *([name, *(show(row["columns"][n], digits(n)) for n in names)]
+              for name, row in found.items())]
+
+
+def table(found: dict[str, dict], k: int) -> str:
+    """Markdown."""
+    heads, *rest = [[text.replace("|", "\\|") for text in line] for line in cells(found, k)]
+    lines = [heads, ["---"] * len(heads), *rest]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def verdict(name: str, base: str, row: dict) -> str:
@@ -216,7 +230,99 @@ def verdict(name: str, base: str, row: dict) -> str:
             f" {gain.high:+.3f}); {mended} mended, {broken} broken, McNemar's exact p = {p:.2g}")
 
 
-# ------------------------------------------------------------------------------ 4. main
+# ------------------------------------------------------------------------------ 4. --show
+def groups(rows: dict[str, list[dict]]) -> list[str]:
+    """What became of each question between the first row and the last: one of GROUPS."""
+    first, *_, last = rows.values()
+    return [GROUPS[before["right"], after["right"]] for before, after in zip(first, last)]
+
+
+def telling(found: list[str]) -> list[int]:
+    """All questions, those that say most first: fixed and broken in turn, then the others."""
+    seen, places = Counter(), []
+    for i, group in enumerate(found):
+        places.append((group.startswith("both"), seen[group], i))
+        seen[group] += 1
+    return [i for *_, i in sorted(places)]
+
+
+def printable(text: str) -> str:
+    """The text with all that could steer a terminal, or hide there, spelt out: \\x1b, \\u202e."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    lines = printable(text).split("\n")
+    return [part for line in lines for part in textwrap.wrap(line, max(1, width)) or [""]]
+
+
+def beside(texts: list[str], width: int) -> str:
+    """Texts as columns of one width."""
+    room = (width - 3 * (len(texts) - 1)) // len(texts)
+    lines = zip_longest(*(wrapped(text, room) for text in texts), fillvalue="")
+    return "\n".join(" | ".join(part.ljust(room) for part in line).rstrip() for line in lines)
+
+
+def shown(rows: dict[str, list[dict]], i: int, group: str, width: int) -> str:
+    """Question i, and what base, SFT and the last row reply: greedy, and the first sample."""
+    names = [name for name in rows if name in (next(iter(rows)), "sft", [*rows][-1])]
+    own = [rows[name][i] for name in names]
+    word = lambda reply: "right" if reply["right"] else "wrong"
+    greedy = [f"{name}\n\ngreedy: {word(r)}\n{r['text']}" for name, r in zip(names, own)]
+    sampled = [f"sampled: {word(s)}, r {s['reward']:.2f} nats\n{s['text']}"
+               for s in (r["samples"][0] for r in own)]
+    ask = wrapped(f"{own[0]['question']} [{own[0]['gold']}]", width)
+    parts = *ask, "", beside(greedy, width), "", beside(sampled, width)
+    return "\n".join(["", f"question {i + 1}: {group}", *parts])
+
+
+# ------------------------------------------------------------------------------ 5. --report
+def content(command: str, rows: dict[str, list[dict]], found: dict[str, dict], k: int) -> dict:
+    """What the page shows; numbers as text, which also holds what JSON cannot: -inf."""
+    def reply(r: dict) -> dict:
+        direct = r["direct"]["answer"] + r["direct"]["end"]
+        return dict(
+            text=r["text"], right=r["right"], direct=f"{direct:.2f}",
+            samples=[[s["text"], s["right"], f"{s['reward']:.2f}", f"{s['logp_y']:.2f}", s["z_len"]]
+                     for s in r["samples"]])
+
+    first, *others = rows
+    questions = [
+        dict(question=own[0]["question"], gold=own[0]["gold"], group=group, rows=[*map(reply, own)])
+        for group, *own in zip(groups(rows), *rows.values())]
+    return dict(command=command, names=[*rows], groups=[*GROUPS.values()], table=cells(found, k),
+                verdicts=[verdict(name, first, found[name]) for name in others],
+                questions=questions)
+
+
+def embed(what: dict) -> str:
+    """JSON that no text in it can end: ASCII alone, without <, > and &."""
+    text = json.dumps(what, separators=(",", ":"))
+    return re.sub("[<>&]", lambda c: f"\\u{ord(c[0]):04x}", text)
+
+
+def page(what: dict) -> str:
+    """One HTML file that fetches nothing. Its policy names its script and style by their hashes:
+    a browser runs no other, whatever a reply holds."""
+    template = PAGE.read_text()
+
+    def digest(tag: str) -> str:
+        inside = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
+        return b64encode(sha256(inside.encode()).digest()).decode()
+
+    parts = dict(data=embed(what), script=digest("script"), style=digest("style"))
+    return re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], template)  # once: data may hold {{
+
+
+def publish(path: str, text: str) -> None:
+    try:
+        latro.write(Path(path), text)
+    except (OSError, ValueError) as e:  # ValueError: no file has such a name
+        raise Problem(f"--report {path}: cannot be written ({latro.brief(e)}); name another file"
+                      " and run this again: all replies are kept, none is made anew") from e
+
+
+# ------------------------------------------------------------------------------ 6. main
 def evaluation(flags: argparse.Namespace, argv: list[str]) -> None:
     """All rows, the table, and {out}/eval.json with every reply."""
     args, device = settings(flags), latro.connect()
@@ -243,6 +349,11 @@ def evaluation(flags: argparse.Namespace, argv: list[str]) -> None:
     if latro.is_first():
         held = dict(command=shlex.join(["eval.py", *argv]), models=models, results=found, rows=rows)
         latro.write(Path(args.out, "eval.json"), json.dumps(held))
+    after, width = groups(rows), shutil.get_terminal_size().columns
+    for i in telling(after)[:flags.show]:
+        latro.say(shown(rows, i, after[i], width))
+    if flags.report and latro.is_first():
+        publish(flags.report, page(content(held["command"], rows, found, flags.k)))
 
 
 def main(argv: list[str] | None = None) -> int:
