@@ -179,13 +179,13 @@ def estimates(values: np.ndarray) -> list[Estimate]:
 
 
 def mcnemar(before: list[bool], after: list[bool]) -> tuple[int, int, float]:
-    """Questions mended and broken, and the exact two-sided p of such a split if both were as
+    """Questions fixed and broken, and the exact two-sided p of such a split if both were as
     likely (McNemar 1947, the binomial form)."""
-    mended = sum(b > a for a, b in zip(before, after))
+    fixed = sum(b > a for a, b in zip(before, after))
     broken = sum(a > b for a, b in zip(before, after))
-    n, few = mended + broken, min(mended, broken)
+    n, few = fixed + broken, min(fixed, broken)
     tail = sum(math.comb(n, i) for i in range(few + 1))
-    return mended, broken, min(1.0, float(Fraction(2 * tail, 2**n)))
+    return fixed, broken, min(1.0, float(Fraction(2 * tail, 2**n)))
 
 
 def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
@@ -224,10 +224,10 @@ def table(found: dict[str, dict], k: int) -> str:
 
 def verdict(name: str, base: str, row: dict) -> str:
     """The paired comparison of greedy replies, in a sentence."""
-    mended, broken, p = row["mcnemar"]
+    fixed, broken, p = row["mcnemar"]
     gain = row["gain"]["greedy"]
     return (f"{name} - {base}, greedy, same questions: {gain.mean:+.3f} ({gain.low:+.3f} to"
-            f" {gain.high:+.3f}); {mended} mended, {broken} broken, McNemar's exact p = {p:.2g}")
+            f" {gain.high:+.3f}); {fixed} fixed, {broken} broken, McNemar's exact p = {p:.2g}")
 
 
 # ------------------------------------------------------------------------------ 4. --show
