@@ -16,9 +16,13 @@ ELBO, bound    E log p(y|x+z) - KL to the base; log mean_k p(y|x+z) pi_0(z|x) / 
 z, ends        length of the rationale in tokens, share that ended before L
 """
 
-import argparse, dataclasses, json, math, shlex, sys
+import argparse, dataclasses, json, math, re, shlex, shutil, sys, textwrap
+from base64 import b64encode
+from collections import Counter
 from fractions import Fraction
 from functools import cache
+from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +37,9 @@ from latro import Example, Problem
 
 RESAMPLES = 10_000
 SHARES = "greedy", "loose", "T = 1", "maj@k", "pass@k", "ends"
+GROUPS = {(False, True): "fixed", (True, False): "broken", (True, True): "both right",
+          (False, False): "both wrong"}  # by the greedy replies of the first row and of the last
+PAGE = latro.HERE / "assets" / "report.html"
 SAVED = "task", "data", "L", "seed"  # flags of latro.py whose values are the checkpoint's
 
 
@@ -55,6 +62,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch", type=count(1), default=16, help="questions at a time (default: 16)")
     add("--seed", type=count(0), default=0, help="of the samples (default: 0)")
     add("--out", help="directory of the results (default: {--ckpt}/eval)")
+    add("--show", type=count(0), default=0, help="questions to print with replies (default: 0)")
+    add("--report", help="HTML file to write: every question with all its replies")
     return parser.parse_args(argv)
 
 
@@ -68,7 +77,7 @@ def settings(flags: argparse.Namespace) -> latro.Args:
     note = first / "latro.json"
     saved = json.loads(note.read_text()) if note.exists() else dict(args={}, base=None)
     given = {k: v for k, v in vars(flags).items() if k in SAVED and v is not None}
-    own = saved["args"] | given | dict(
+    own = dict(questions=3 * latro.world_size()) | saved["args"] | given | dict(
         model=flags.base or saved["base"], out=flags.out or str(first / "eval"),
         credit="answer", bound="elbo", reward="logp", truncation_penalty=0.0, checkpointing=False)
     needed = dict(task="task", data="data", base="model")
@@ -85,15 +94,15 @@ def fingerprint(model: str) -> list:
 
 
 def evidence(policy, codec, examples: list[Example], some: slice, args) -> list[dict]:
-    """What the gold answer is worth without a rationale, with the question's gold one and with
-    another question's: log-probs of template, answer and end, nats."""
+    """What the gold answer is worth without a rationale, with the one given in the data and
+    with another question's: log-probs of template, answer and end, nats."""
     def worth(i: int, e: Example) -> dict:
-        given = dict(direct=[], gold=e.z, other=examples[(i + 1) % len(examples)].z)
-        given = {name: z for name, z in given.items() if z or name == "direct"}
-        group = [gold_rationale(codec, z, e.answer) for z in given.values()]
+        known = dict(direct=[], given=e.z, other=examples[(i + 1) % len(examples)].z)
+        known = {name: z for name, z in known.items() if z or name == "direct"}
+        group = [gold_rationale(codec, z, e.answer) for z in known.values()]
         [rows] = latro.records(codec, [e], [group], *latro.score(policy, None, [e], [group], args))
         return {name: {k: r[k] for k in ("template", "answer", "end")}
-                for name, r in zip(given, rows)}
+                for name, r in zip(known, rows)}
 
     with torch.no_grad(), latro.gathered(policy):
         return latro.gather([worth(i, e) for i, e in latro.share([*enumerate(examples)][some])])
@@ -171,13 +180,13 @@ def estimates(values: np.ndarray) -> list[Estimate]:
 
 
 def mcnemar(before: list[bool], after: list[bool]) -> tuple[int, int, float]:
-    """Questions mended and broken, and the exact two-sided p of such a split if both were as
+    """Questions fixed and broken, and the exact two-sided p of such a split if both were as
     likely (McNemar 1947, the binomial form)."""
-    mended = sum(b > a for a, b in zip(before, after))
+    fixed = sum(b > a for a, b in zip(before, after))
     broken = sum(a > b for a, b in zip(before, after))
-    n, few = mended + broken, min(mended, broken)
+    n, few = fixed + broken, min(fixed, broken)
     tail = sum(math.comb(n, i) for i in range(few + 1))
-    return mended, broken, min(1.0, float(Fraction(2 * tail, 2**n)))
+    return fixed, broken, min(1.0, float(Fraction(2 * tail, 2**n)))
 
 
 def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
@@ -197,42 +206,133 @@ def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
     return {name: of(name) for name in rows}
 
 
-def cells(found: dict[str, dict], k: int) -> list[list[tuple[str, str]]]:
-    """The table: heads, then a row a model; (mean, interval) each."""
-    digits = lambda name: 3 if name in SHARES else 1 if name == "z" else 2
+def cells(found: dict[str, dict], k: int) -> list[list[str]]:
+    """The table's text: a line of names, then one for each row."""
     names = [*next(iter(found.values()))["columns"]]
-    rows = [[("", ""), *((name.replace("@k", f"@{k}"), "") for name in names)]]
-    for name, row in found.items():
-        said = [[f"{x:.{digits(n)}f}" for x in row["columns"][n]] for n in names]
-        rows.append([(name, ""), *((mean, f"{low}..{high}") for mean, low, high in said)])
-    return rows
+    digits = lambda name: 1 if name == "z" else 3 if name in SHARES else 2
+    show = lambda e, d: f"{e.mean:.{d}f} ({e.low:.{d}f} to {e.high:.{d}f})"
+    return [["", *(n.replace("@k", f"@{k}") for n in names)],
+            *([name, *(show(row["columns"][n], digits(n)) for n in names)]
+              for name, row in found.items())]
 
 
 def table(found: dict[str, dict], k: int) -> str:
     """For a terminal: the interval below the mean."""
-    rows = cells(found, k)
-    lines = [[cell[i] for cell in row] for row in rows for i in (0, 1)]
+    parts = [[text.partition(" (") for text in row] for row in cells(found, k)]
+    spans = [[span[:-1].replace(" to ", "..") for *_, span in row] for row in parts]
+    lines = [line for row, span in zip(parts, spans) for line in ([mean for mean, *_ in row], span)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = ["  ".join(map(str.rjust, line, widths)).rstrip() for line in lines]
     return "\n".join(filter(None, lines))
 
 
 def markdown(found: dict[str, dict], k: int) -> str:
-    heads, *rows = cells(found, k)
-    lines = [[head.replace("|", "\\|") for head, _ in heads], ["---"] * len(heads)]
-    lines += [[f"{mean} ({span})" if span else mean for mean, span in row] for row in rows]
+    heads, *rest = [[text.replace("|", "\\|") for text in line] for line in cells(found, k)]
+    lines = [heads, ["---"] * len(heads), *rest]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def verdict(name: str, base: str, row: dict) -> str:
     """The paired comparison of greedy replies, in a sentence."""
-    mended, broken, p = row["mcnemar"]
+    fixed, broken, p = row["mcnemar"]
     gain = row["gain"]["greedy"]
     return (f"{name} - {base}, greedy, same questions: {gain.mean:+.3f} ({gain.low:+.3f} to"
-            f" {gain.high:+.3f}); {mended} mended, {broken} broken, McNemar's exact p = {p:.2g}")
+            f" {gain.high:+.3f}); {fixed} fixed, {broken} broken, McNemar's exact p = {p:.2g}")
 
 
-# ------------------------------------------------------------------------------ 4. main
+# ------------------------------------------------------------------------------ 4. --show
+def groups(rows: dict[str, list[dict]]) -> list[str]:
+    """What became of each question between the first row and the last: one of GROUPS."""
+    first, *_, last = rows.values()
+    return [GROUPS[before["right"], after["right"]] for before, after in zip(first, last)]
+
+
+def telling(found: list[str]) -> list[int]:
+    """All questions, those that say most first: fixed and broken in turn, then the others."""
+    seen, places = Counter(), []
+    for i, group in enumerate(found):
+        places.append((group.startswith("both"), seen[group], i))
+        seen[group] += 1
+    return [i for *_, i in sorted(places)]
+
+
+def printable(text: str) -> str:
+    """The text with all that could steer a terminal, or hide there, spelt out: \\x1b, \\u202e."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    lines = printable(text).split("\n")
+    return [part for line in lines for part in textwrap.wrap(line, max(1, width)) or [""]]
+
+
+def beside(texts: list[str], width: int) -> str:
+    """Texts as columns of one width."""
+    room = (width - 3 * (len(texts) - 1)) // len(texts)
+    lines = zip_longest(*(wrapped(text, room) for text in texts), fillvalue="")
+    return "\n".join(" | ".join(part.ljust(room) for part in line).rstrip() for line in lines)
+
+
+def shown(rows: dict[str, list[dict]], i: int, group: str, width: int) -> str:
+    """Question i, and what base, SFT and the last row reply: greedy, and the first sample."""
+    names = [name for name in rows if name in (next(iter(rows)), "sft", [*rows][-1])]
+    own = [rows[name][i] for name in names]
+    word = lambda reply: "right" if reply["right"] else "wrong"
+    greedy = [f"{name}\n\ngreedy: {word(r)}\n{r['text']}" for name, r in zip(names, own)]
+    sampled = [f"sampled: {word(s)}, r {s['reward']:.2f} nats\n{s['text']}"
+               for s in (r["samples"][0] for r in own)]
+    ask = wrapped(f"{own[0]['question']} [{own[0]['gold']}]", width)
+    parts = *ask, "", beside(greedy, width), "", beside(sampled, width)
+    return "\n".join(["", f"question {i + 1}: {group}", *parts])
+
+
+# ------------------------------------------------------------------------------ 5. --report
+def content(command: str, rows: dict[str, list[dict]], found: dict[str, dict], k: int) -> dict:
+    """What the page shows; numbers as text, which also holds what JSON cannot: -inf."""
+    def reply(r: dict) -> dict:
+        direct = r["direct"]["answer"] + r["direct"]["end"]
+        return dict(
+            text=r["text"], right=r["right"], direct=f"{direct:.2f}",
+            samples=[[s["text"], s["right"], f"{s['reward']:.2f}", f"{s['logp_y']:.2f}", s["z_len"]]
+                     for s in r["samples"]])
+
+    first, *others = rows
+    questions = [
+        dict(question=own[0]["question"], gold=own[0]["gold"], group=group, rows=[*map(reply, own)])
+        for group, *own in zip(groups(rows), *rows.values())]
+    return dict(command=command, names=[*rows], groups=[*GROUPS.values()], table=cells(found, k),
+                verdicts=[verdict(name, first, found[name]) for name in others],
+                questions=questions)
+
+
+def embed(what: dict) -> str:
+    """JSON that no text in it can end: ASCII alone, without <, > and &."""
+    text = json.dumps(what, separators=(",", ":"))
+    return re.sub("[<>&]", lambda c: f"\\u{ord(c[0]):04x}", text)
+
+
+def page(what: dict) -> str:
+    """One HTML file that fetches nothing. Its policy names its script and style by their hashes:
+    a browser runs no other, whatever a reply holds."""
+    template = PAGE.read_text()
+
+    def digest(tag: str) -> str:
+        inside = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
+        return b64encode(sha256(inside.encode()).digest()).decode()
+
+    parts = dict(data=embed(what), script=digest("script"), style=digest("style"))
+    return re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], template)  # once: data may hold {{
+
+
+def publish(path: str, text: str) -> None:
+    try:
+        latro.write(Path(path), text)
+    except (OSError, ValueError) as e:  # ValueError: no file has such a name
+        raise Problem(f"--report {path}: cannot be written ({latro.brief(e)}); name another file"
+                      " and run this again: all replies are kept, none is made anew") from e
+
+
+# ------------------------------------------------------------------------------ 6. main
 def evaluation(flags: argparse.Namespace, argv: list[str]) -> None:
     """All rows, the table, and {out}/eval.json with every reply."""
     args, device = settings(flags), latro.connect()
@@ -247,8 +347,11 @@ def evaluation(flags: argparse.Namespace, argv: list[str]) -> None:
     def load(model: str):
         return latro.load(dataclasses.replace(args, model=model), device, dtype)
 
-    models = dict(base=args.model) | (dict(sft=flags.sft) if flags.sft else {})
-    models |= {Path(folder).resolve().name: folder for folder in flags.ckpt}
+    models = [("base", args.model), *([("sft", flags.sft)] if flags.sft else []),
+              *((Path(folder).resolve().name, folder) for folder in flags.ckpt)]
+    if len(dict(models)) < len(models):
+        raise Problem(f"--ckpt {' '.join(flags.ckpt)}: two rows of one name; rename a directory")
+    models = dict(models)
     rows = {name: replies(name, model, load, lambda: load(args.model), codec, examples, args, flags)
             for name, model in models.items()}
     found = results(rows)
@@ -261,6 +364,11 @@ def evaluation(flags: argparse.Namespace, argv: list[str]) -> None:
                                     settings=dataclasses.asdict(args), results=found, rows=rows)
         latro.write(Path(args.out, "eval.json"), json.dumps(held))
         latro.write(Path(args.out, "eval.md"), markdown(found, flags.k))
+    after, width = groups(rows), shutil.get_terminal_size().columns
+    for i in telling(after)[:flags.show]:
+        latro.say(shown(rows, i, after[i], width))
+    if flags.report and latro.is_first():
+        publish(flags.report, page(content(held["command"], rows, found, flags.k)))
 
 
 def main(argv: list[str] | None = None) -> int:

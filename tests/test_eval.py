@@ -174,6 +174,7 @@ def test_gains_are_paired():
     ("--ckpt {run} --sft nowhere", ["nowhere"]), ("--ckpt {toy}", ["--task", "--data", "--base"]),
     ("--ckpt {run} --base nowhere", ["nowhere"]), ("--ckpt {run} --L 5000", ["--L", "context"]),
     ("--ckpt {run} --task gsm8k", ["gsm8k"]), ("--ckpt {run} --k many", ["many"]),
+    ("--ckpt {run} {run}", ["one name"]),
 ])  # fmt: skip
 def test_refusals(flags, words, run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
