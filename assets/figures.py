@@ -6,11 +6,11 @@ apart, and a marker of its own for every row.
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 STYLE = {"font.size": 10, "legend.fontsize": 9, "axes.spines.top": False, "legend.frameon": False,
@@ -34,6 +34,12 @@ def new(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Ax
     return figure, [*figure.subplots(rows, columns, squeeze=False).flat]
 
 
+def name_rows(figure: Figure) -> Figure:
+    """Adds a legend above the plot, where it hides nothing."""
+    figure.legend(loc="outside upper center", ncols=4)
+    return figure
+
+
 def spread(axis: Axes, x: list, band: dict, i: int, every: int, label: str) -> None:
     """A line for row i and its 95 % interval; markers start apart, so that none hides another."""
     axis.fill_between(x, band["low"], band["high"], color=looks(i)["color"], alpha=0.15, lw=0)
@@ -52,7 +58,7 @@ def curves(numbers: dict) -> Figure:
                     axis.plot(of["seen"], of[key], **how)
         axis.set(xlabel="questions seen", ylabel=unit)
         if len(names) > 1 and axis.lines:
-            axis.legend(loc="lower right")
+            axis.legend()
     axes[1].set_ylim(0, 1.02)
     figure.suptitle("held-out questions (markers) and each update's own (thin)", fontsize=10)
     return figure
@@ -67,22 +73,21 @@ def likelihood(rows: dict[str, dict]) -> Figure:
         at = [k + wide * (i + 0.5) - 0.4 for k in range(len(there))]
         template, answer = ([of[n][part] for n in there] for part in ("template", "answer"))
         mean, low, high = zip(*(of[n]["total"] for n in there))
-        reach = [[m - l for m, l in zip(mean, low)], [h - m for m, h in zip(mean, high)]]
+        reach = np.abs(np.subtract((low, high), mean))
         axis.bar(at, template, 0.9 * wide, color=[0.5 + c / 2 for c in to_rgb(color)])
         axis.bar(at, answer, 0.9 * wide, bottom=template, color=color, label=name)
         axis.errorbar(at, mean, reach, fmt="none", color="black", lw=1, capsize=3)
         for x, m, h in zip(at, mean, high):
-            axis.annotate(f"{m:.2f}", (x, h), (0, 3), textcoords="offset points", ha="center",
-                          fontsize=9)
+            axis.annotate(f"{m:.{1 if m >= 9.95 else 2}f}", (x, h), (0, 3), fontsize=8,
+                          textcoords="offset points", ha="center", rotation=90 * (len(rows) > 4))
     axis.set_xticks(range(len(there)), [BEFORE[n] for n in there])
     axis.grid(visible=False, axis="x")
-    none = "" if "given" in there else "; these data have no gold rationales"
-    axis.set(xlabel="rationale before y", ylabel="mean -log p(y|x), nats",
-             title=f"gold answer, 95 % interval of the total{none}")
-    axis.title.set_fontsize(10)
-    shades = [Patch(color="0.3", label="answer and end"), Patch(color="0.7", label="template")]
-    axis.legend(handles=[*axis.get_legend_handles_labels()[0], *shades])
-    return figure
+    axis.margins(y=0.14)  # matplotlib does not reckon with the numbers above the bars
+    none = "" if "given" in there else "\nthese data have no gold rationales"
+    axis.set(xlabel="rationale before y", ylabel="mean -log p(y|x), nats", ylim=(0, None))
+    axis.set_title(f"light: template; full shade: gold answer and end; 95 % interval{none}",
+                   fontsize=10)
+    return name_rows(figure)
 
 
 def length(rows: dict[str, dict], trained: dict[str, int]) -> Figure:
@@ -95,8 +100,7 @@ def length(rows: dict[str, dict], trained: dict[str, int]) -> Figure:
             axis.axvline(trained[name], color=looks(i)["color"], ls="--", lw=1.2)
     axis.set(xlabel="L, longest rationale in tokens (dashed: the L of training)",
              ylabel="greedy accuracy", ylim=(0, 1.02))
-    axis.legend(loc="upper left")
-    return figure
+    return name_rows(figure)
 
 
 def votes(rows: dict[str, dict]) -> Figure:
@@ -106,12 +110,10 @@ def votes(rows: dict[str, dict]) -> Figure:
         x = range(1, len(of["maj"]["mean"]) + 1)
         spread(axis, x, of["maj"], i, max(1, len(x) // 8), name)
         axis.plot(x, of["pass"]["mean"], color=looks(i)["color"], lw=0.9, ls="--")
-    axis.plot([], [], color="0.4", lw=0.9, ls="--", label="pass@k")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set(xlabel="k, samples a question", ylabel="accuracy of the majority, maj@k",
-             ylim=(0, 1.02))
-    axis.legend(loc="lower right")
-    return figure
+    axis.set(xlabel="k, samples a question (thin, dashed: pass@k)", ylim=(0, 1.02),
+             ylabel="accuracy of the majority, maj@k")
+    return name_rows(figure)
 
 
 def draw(numbers: dict, out: Path) -> None:
