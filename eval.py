@@ -14,6 +14,8 @@ maj@k, pass@k  accuracy of the most frequent answer, ties to the one given first
 log p(y|x)     of the answer behind the template without a rationale, and with a sampled one, nats
 ELBO, bound    E log p(y|x+z) - KL to the base; log mean_k p(y|x+z) pi_0(z|x) / pi(z|x), nats
 z, ends        length of the rationale in tokens, share that ended before L
+
+--figures      curves.png, likelihood.png, length.png, votes.png; their numbers: figures.json
 """
 
 import argparse, dataclasses, json, math, re, shlex, shutil, sys, textwrap
@@ -32,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import latro  # before transformers: see there
-from kernels import flexible, gold_rationale, majority, same_answer
+from kernels import canonical, flexible, gold_rationale, majority, same_answer
 from latro import Example, Problem
 
 RESAMPLES = 10_000
@@ -64,6 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", help="directory of the results (default: {--ckpt}/eval)")
     add("--show", type=count(0), default=0, help="questions to print with replies (default: 0)")
     add("--report", help="HTML file to write: every question with all its replies")
+    add("--figures", action="store_true", help="draw the results into --out; needs matplotlib")
     return parser.parse_args(argv)
 
 
@@ -120,7 +123,7 @@ def replies(name: str, model: str, load, reference, codec, examples: list[Exampl
     if latro.is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
         latro.write(path, "".join(json.dumps(r) + "\n" for r in [head, *done]))
-    policy = load(model) if len(done) < len(examples) else None
+    policy = load() if len(done) < len(examples) else None
     bar = tqdm(total=len(examples), initial=len(done), desc=name, disable=not latro.is_first())
     while len(done) < len(examples):
         some = slice(len(done), len(done) + flags.batch)
@@ -324,7 +327,7 @@ def page(what: dict) -> str:
     return re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], template)  # once: data may hold {{
 
 
-def publish(path: str, text: str) -> None:
+def write_page(path: str, text: str) -> None:
     try:
         latro.write(Path(path), text)
     except (OSError, ValueError) as e:  # ValueError: no file has such a name
@@ -332,48 +335,175 @@ def publish(path: str, text: str) -> None:
                       " and run this again: all replies are kept, none is made anew") from e
 
 
-# ------------------------------------------------------------------------------ 6. main
-def evaluation(flags: argparse.Namespace, argv: list[str]) -> None:
-    """All rows, the table, and {out}/eval.json with every reply."""
-    args, device = settings(flags), latro.connect()
+# ------------------------------------------------------------------------------ 6. --figures
+LOGGED = "elbo", "logp_y", "greedy", "sampled", "z_len", "kl"
+GIVEN = "direct", "sampled", "given", "other"  # what stands before y in likelihood.png
+
+
+def drawing():
+    """The module that draws; refuses before anything is evaluated where it cannot."""
+    try:
+        from assets import figures  # late: only --figures needs matplotlib
+    except ModuleNotFoundError as e:
+        raise Problem(f"--figures needs the package {e.name}, which is not installed here:"
+                      " pip install matplotlib") from e
+    return figures
+
+
+def band(values: list[list[float]]) -> dict[str, list[float]]:
+    """mean, low and high of every column of (questions, columns): see Estimate."""
+    return dict(zip(Estimate._fields, zip(*estimates(np.array(values, float)))))
+
+
+def curves(folder: str, args: latro.Args) -> dict | None:
+    """What a run logged, over questions seen: "held_out", the looks at its fixed held-out batch,
+    and "updates". None where `folder` has no logs."""
+    run = dataclasses.replace(args, out=folder)
+    if not all(Path(folder, f).exists() for f in ("latro.json", "evals.jsonl", "metrics.jsonl")):
+        return None
+    size = json.loads(Path(folder, "latro.json").read_text())["args"]["questions"]
+
+    def over(name: str, ahead: int) -> dict[str, list]:
+        rows = latro.read_log(run, name)
+        return dict(seen=[size * (r["step"] - ahead) for r in rows],
+                    **{key: [r.get(key) for r in rows] for key in LOGGED})
+    # An update logs what the policy was before it: update 1 has seen no questions.
+    return dict(held_out=over("evals.jsonl", 0), updates=over("metrics.jsonl", 1))
+
+
+def likelihood(done: list[dict]) -> dict[str, dict]:
+    """Mean -log p(y|x) of template + gold answer + end, nats (the paper's figure 2), by what stands
+    before y: nothing, a sampled z (mean over samples), the gold z, another question's gold z.
+
+    "answer" is answer + end. The policy chose to write the template behind a sampled z, and not
+    behind the others: compare the answers where the templates differ much."""
+    def loss(row: dict, name: str) -> list[float]:
+        known = row["samples"] if name == "sampled" else [row[name]]
+        parts = np.mean([[k["template"], k["answer"] + k["end"]] for k in known], axis=0)
+        return [*-parts, -parts.sum()]
+
+    there = [n for n in GIVEN if n == "sampled" or all(n in row for row in done)]
+    means = {n: estimates(np.array([loss(row, n) for row in done])) for n in there}
+    return {n: dict(template=t.mean, answer=a.mean, total=total)
+            for n, (t, a, total) in means.items()}
+
+
+def lengths(done: list[dict], L: int) -> dict[str, list[float]]:
+    """Greedy accuracy at every limit 1..L (the paper's figure 3a), from one evaluation at L.
+
+    The policy does not know its limit, and a greedy reply draws no random numbers: limits only cut
+    it. z runs until its stop (`actions` counts that too) where the stop's last token is within the
+    limit, else it is cut and has no answer. So a reply is right at a limit if and only if it is
+    right at L and actions <= limit. This is exact for replies that spell the template as one of
+    Codec.stops, and say the same answer in all they write as in its first tokens: `evaluate` cuts
+    the reply itself `room` tokens past the limit. Samples have no such curve: a random number's
+    place hangs on the limit."""
+    return band([[row["right"] and row["actions"] <= limit for limit in range(1, L + 1)]
+                 for row in done])
+
+
+def ballots(row: dict, order: np.ndarray) -> list[float]:
+    """Of subsets of k = 1..K samples, the share whose majority is right (kernels.majority).
+
+    K subsets of each size: runs of k in a random `order` closed to a ring. The first k alone would
+    rest on one draw a question, and wander with k by chance; here every sample counts k times, so
+    that k = 1 is the accuracy of a sample and k = K the table's maj@k, both to the last digit."""
+    codes, right = {"": 0}, [False]  # small numbers for the forms that votes are counted by
+    for s in row["samples"]:
+        if codes.setdefault(canonical(s["said"]), len(codes)) == len(right):
+            right.append(same_answer(s["said"], row["gold"]))
+    given = [codes[canonical(s["said"])] for s in row["samples"]]
+    K, ring = len(given), [*order.tolist() * 2]
+
+    def wins(start: int, k: int) -> bool:
+        some = sorted(ring[start:start + k])  # as they were given: of equals the first one wins
+        votes = Counter(given[i] for i in some if given[i])
+        return right[max(votes, key=votes.get, default=0)]
+    return [float(np.mean([wins(i, k) for i in range(K)])) for k in range(1, K + 1)]
+
+
+def passes(row: dict) -> list[float]:
+    """pass@k for k = 1..K: 1 - C(K - c, k) / C(K, k) for c right samples, the unbiased estimator
+    of Chen et al. 2021, arXiv 2107.03374."""
+    K, c = len(row["samples"]), sum(s["right"] for s in row["samples"])
+    return [1 - math.comb(K - c, k) / math.comb(K, k) for k in range(1, K + 1)]
+
+
+def votes(done: list[dict]) -> dict[str, dict]:
+    """maj@k and pass@k for k = 1..K (the paper's figure 3b), the same subsets for every row."""
+    draw, K = np.random.default_rng(0), len(done[0]["samples"])
+    return {"maj": band([ballots(row, draw.permutation(K)) for row in done]),
+            "pass": band([passes(row) for row in done])}
+
+
+def derive(rows: dict[str, list[dict]], ckpt: list[str], args: latro.Args) -> dict[str, dict]:
+    """All numbers behind the figures, by figure and row of the table."""
+    notes = {Path(f).resolve().name: Path(f, "latro.json") for f in ckpt}
+    trained = {n: json.loads(p.read_text())["args"]["L"] for n, p in notes.items() if p.exists()}
+    by_row = lambda work: {name: work(done) for name, done in rows.items()}
+    return dict(curves=curves(ckpt[0], args), likelihood=by_row(likelihood), votes=by_row(votes),
+                length=dict(trained=trained, rows=by_row(lambda done: lengths(done, args.L))))
+
+
+# ------------------------------------------------------------------------------ 7. main
+def named(flags: argparse.Namespace, base: str) -> dict[str, str]:
+    """The rows of the table, and the model of each."""
+    models = [("base", base), *([("sft", flags.sft)] if flags.sft else []),
+              *((Path(folder).resolve().name, folder) for folder in flags.ckpt)]
+    if len(dict(models)) < len(models):
+        raise Problem(f"--ckpt {' '.join(flags.ckpt)}: two rows of one name; rename a directory")
+    return dict(models)
+
+
+def grade(flags: argparse.Namespace, args: latro.Args) -> dict[str, list[dict]]:
+    """The records of every row."""
+    models, device = named(flags, args.model), latro.connect()
     codec, most = latro.read_codec(args)
     asked = latro.read_rows(args, flags.split)[:flags.questions or None]
     if not asked:
         raise Problem(f"--data {args.data}: no {flags.split} split; see --split")
     examples = latro.encode(codec, most, asked, args)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    @cache
-    def load(model: str):
-        return latro.load(dataclasses.replace(args, model=model), device, dtype)
-
-    models = [("base", args.model), *([("sft", flags.sft)] if flags.sft else []),
-              *((Path(folder).resolve().name, folder) for folder in flags.ckpt)]
-    if len(dict(models)) < len(models):
-        raise Problem(f"--ckpt {' '.join(flags.ckpt)}: two rows of one name; rename a directory")
-    models = dict(models)
-    rows = {name: replies(name, model, load, lambda: load(args.model), codec, examples, args, flags)
+    load = lambda model: latro.load(dataclasses.replace(args, model=model), device, dtype)
+    reference = cache(lambda: load(args.model))
+    return {name: replies(name, model, reference if name == "base" else lambda: load(model),
+                          reference, codec, examples, args, flags)
             for name, model in models.items()}
-    found = results(rows)
-    latro.say(f"\n{len(examples)} questions of {args.data}, {flags.split}\n")
-    latro.say(table(found, flags.k) + "\n")
-    for name in [*models][1:]:
-        latro.say(verdict(name, "base", found[name]))
-    if latro.is_first():
-        held = latro.facts() | dict(command=shlex.join(["eval.py", *argv]), models=models,
-                                    settings=dataclasses.asdict(args), results=found, rows=rows)
-        latro.write(Path(args.out, "eval.json"), json.dumps(held))
-        latro.write(Path(args.out, "eval.md"), markdown(found, flags.k))
+
+
+def publish(rows: dict[str, list[dict]], flags: argparse.Namespace, args: latro.Args,
+            command: str, figures) -> None:
+    """The table, {out}/eval.json with every reply, and what the flags ask for."""
+    found, out = results(rows), Path(args.out)
+    print(f"\n{len(rows['base'])} questions of {args.data}, {flags.split}\n")
+    print(table(found, flags.k), end="\n\n")
+    print(*(verdict(name, "base", found[name]) for name in [*rows][1:]), sep="\n")
+    held = latro.facts() | dict(command=command, models=named(flags, args.model),
+                                settings=dataclasses.asdict(args), results=found, rows=rows)
+    latro.write(out / "eval.json", json.dumps(held))
+    latro.write(out / "eval.md", markdown(found, flags.k))
+    if figures:
+        numbers = derive(rows, flags.ckpt, args)
+        latro.write(out / "figures.json", json.dumps(numbers))
+        figures.draw(numbers, out)
     after, width = groups(rows), shutil.get_terminal_size().columns
     for i in telling(after)[:flags.show]:
-        latro.say(shown(rows, i, after[i], width))
-    if flags.report and latro.is_first():
-        publish(flags.report, page(content(held["command"], rows, found, flags.k)))
+        print(shown(rows, i, after[i], width))
+    if flags.report:
+        write_page(flags.report, page(content(command, rows, found, flags.k)))
+
+
+def evaluation(argv: list[str]) -> None:
+    flags = parse(argv)
+    figures, args = drawing() if flags.figures else None, settings(flags)
+    rows = grade(flags, args)
+    if latro.is_first():
+        publish(rows, flags, args, shlex.join(["eval.py", *argv]), figures)
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    return latro.guarded("eval.py", lambda: evaluation(parse(argv), argv))
+    return latro.guarded("eval.py", lambda: evaluation(argv))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def sample(policy, prompts: list[list[int]], stops: list[list[int]], eos: list[i
     """K continuations of each of B prompts, driven by uniform (B K, L + room); None: greedy.
 
     z ends with one of `stops` (token ids), at one of `eos`, or after L tokens. With room, a z that
-    L did not cut goes on to its answer, until EOS or for `room` tokens past L. Returns for each its
+    L did not cut goes on to its answer, until EOS or for `room` tokens. Returns for each its
     ids, the number of those that are z and what ended it, and what did: a stop of so many tokens, 0
     for L, -1 for EOS."""
     N, device = K * len(prompts), policy.device
@@ -98,7 +98,8 @@ def sample(policy, prompts: list[list[int]], stops: list[list[int]], eos: list[i
                 stop = stop.where((ids[row, t + 1 - len(s):t + 1] != s).any(1), len(s))
         ended = running & (end[row] == 0) & ((stop != 0) | (t + 1 == L))
         end[row], by[row] = end[row].where(~ended, t + 1), by[row].where(~ended, stop)
-        running = running & ~is_eos & ~(ended & ((stop == 0) | (room == 0)))
+        cut = (end[row] > 0) & ((by[row] == 0) | (t + 1 == end[row] + room))
+        running = running & ~is_eos & ~cut
         left = int(running.sum())
         if left == 0 or t + 1 == L + room:
             break

@@ -165,7 +165,7 @@ def test_a_page_that_cannot_be_written(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(latro.Problem) as problem:
-        grading.publish(name, "text")
+        grading.write_page(name, "text")
     [line] = str(problem.value).splitlines()
     assert line.startswith("--report ") and "name another file" in line
     assert [*(tmp_path / "folder").iterdir()] == []
@@ -173,8 +173,8 @@ def test_a_page_that_cannot_be_written(name, tmp_path, monkeypatch):
 
 def test_a_page_is_replaced_whole(tmp_path):
     path = tmp_path / "page.html"
-    grading.publish(str(path), "old")
-    grading.publish(str(path), "new")
+    grading.write_page(str(path), "old")
+    grading.write_page(str(path), "new")
     assert path.read_text() == "new" and [*tmp_path.iterdir()] == [path]
 
 

@@ -35,6 +35,24 @@ def test_rows(split):
         assert re.findall(r"\d+", row["question"]) == told and len(steps) in (3, 4)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_rationales(split):
+    """None where SFT would learn it; else an equation a step, each right, each from where the last
+    one ended, up to the answer."""
+    for row in SPLITS[split]:
+        assert ("rationale" in row) == (split != "train")
+        if split == "train":
+            continue
+        said = re.findall(r"(\w+day) (\d+) ([-+x/]) (\d+) = (\d+)\.", row["rationale"])
+        assert row["rationale"] == " ".join(f"{d} {a} {op} {n} = {b}." for d, a, op, n, b in said)
+        days, starts, signs, numbers, ends = zip(*said)
+        assert days == tuple(make.DAYS[:len(days)])
+        assert [*starts, ends[-1]] == [row["chain"].split()[0], *ends]
+        assert all(result(f"{a} {op} {n}") == b for _, a, op, n, b in said)
+        assert row["chain"].split()[1:] == [w for pair in zip(signs, numbers) for w in pair]
+        assert ends[-1] == row["answer"]
+
+
 def test_no_split_knows_another():
     """By chain and by text; nor does pretraining, whose chains have other hashes."""
     for key in ("chain", "question"):

@@ -237,14 +237,13 @@ def told(first: list[int], L: int, room: int, stops, eos, K: int = 1) -> list[tu
     return [(len(ids), end, by) for ids, end, by in rows]
 
 
-RULES = dict(stops=[[20, 21], [40]], eos=[30, 46])
+RULES = dict(stops=[[20, 21], [40]], eos=[30, 43])
 WITH_ROOM = {  # first token: what becomes of it with L = 5 and room = 4
-    20: (9, 2, 2),  # 20 21: a template at once, then an answer for as long as there is room
+    20: (6, 2, 2),  # 20 21: a template at once, then an answer for as long as there is room
     17: (9, 5, 2),  # ... 20 21: a template at L is in time
     16: (5, 5, 0),  # ... 20: half a template at L is not; no room for what L cut
     21: (5, 5, 0),  # nor is a template begun by the prompt, here 20
-    40: (7, 1, 1), 39: (8, 2, 1),  # 40 ... 46: the answer ends at EOS
-    38: (9, 3, 1), 37: (9, 4, 1),  # EOS on the last of the room, EOS behind it
+    40: (4, 1, 1), 39: (5, 2, 1), 37: (7, 4, 1),  # 40 ... 43: the answer ends at EOS
     30: (1, 1, -1), 28: (3, 3, -1), 26: (5, 5, -1),  # z ends at EOS: at once, later, at L
     25: (5, 5, 0)}  # one after L is too late
 

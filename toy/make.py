@@ -4,8 +4,9 @@
     python toy/make.py --seed 1 --out DIR    # another pretraining seed; the data stay the same
     python toy/make.py --profile toy/model   # only describe an existing model; half a minute
 
-Writes train.jsonl, validation.jsonl and test.jsonl, with rows {"question", "chain", "answer"}, and
-model/, an ordinary Hugging Face directory: a Llama of 0.67 M parameters, a word-level tokenizer.
+Writes train.jsonl, validation.jsonl and test.jsonl, with rows {"question", "chain", "answer"} and,
+but for train, "rationale", the careful one; and model/, an ordinary Hugging Face directory: a Llama
+of 0.67 M parameters, a word-level tokenizer.
 A question is a chain of 3 or 4 operations, applied strictly left to right and told as a story:
 
     Question: Mia owns 14 cookies. On Monday the number doubles. On Tuesday she wins 5 more. On
@@ -135,9 +136,18 @@ def tell(rng, chain):
     return f"{text} {story['end'][0].format(**words)}"
 
 
+def equations(chain, groups):
+    """An equation for each group of steps, given by index."""
+    (_, steps), left, text = parse(chain), values(chain), ""
+    for group in groups:
+        terms = "".join(" {} {}".format(*steps[i]) for i in group)
+        text += f" {DAYS[group[0]]} {left[group[0]]}{terms} = {left[group[-1] + 1]}."
+    return text
+
+
 def reason(rng, chain, kind):
     """A rationale of the given kind, without the template that follows it."""
-    (_, steps), left = parse(chain), values(chain)
+    _, steps = parse(chain)
     groups = []  # the steps of each equation, by index
     for i, (op, _) in enumerate(steps):
         if kind == "terse" and i and op in "+-" and steps[i - 1][0] in "+-":
@@ -146,11 +156,7 @@ def reason(rng, chain, kind):
             groups.append([i])
     if kind in ("hasty", "direct"):
         groups = groups[:rng.randint(1, 2) if kind == "hasty" else 0]
-    text = rng.choice(CHATTER) if rng.random() < 0.1 else ""
-    for group in groups:
-        terms = "".join(" {} {}".format(*steps[i]) for i in group)
-        text += f" {DAYS[group[0]]} {left[group[0]]}{terms} = {left[group[-1] + 1]}."
-    return text
+    return (rng.choice(CHATTER) if rng.random() < 0.1 else "") + equations(chain, groups)
 
 
 def draw_rows(split):
@@ -161,7 +167,16 @@ def draw_rows(split):
         if chain not in rows:
             rows[chain] = {"question": tell(rng, chain), "chain": chain,
                            "answer": str(values(chain)[-1])}
+            if split != "train":  # --objective sft would learn it: here nobody is shown one
+                careful = [[i] for i in range(len(parse(chain)[1]))]
+                rows[chain]["rationale"] = equations(chain, careful).strip()
     return list(rows.values())
+
+
+def write_data(out):
+    for split in ROWS:
+        lines = [json.dumps(row) + "\n" for row in draw_rows(split)]
+        (out / f"{split}.jsonl").write_text("".join(lines))
 
 
 # ---- tokenizer and model
@@ -329,9 +344,7 @@ def main():
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out: {args.out} is not a folder")
     args.out.mkdir(parents=True, exist_ok=True)
-    for split in ROWS:
-        lines = [json.dumps(row) + "\n" for row in draw_rows(split)]
-        (args.out / f"{split}.jsonl").write_text("".join(lines))
+    write_data(args.out)
     tokenizer = make_tokenizer()
     model = pretrain(tokenizer, args.seed)
     for part in (tokenizer, model):

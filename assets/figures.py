@@ -1,0 +1,127 @@
+"""Draws what eval.py --figures derives: numbers in, PNG out, on a page 7 inches wide.
+
+White ground for dark pages too; the colours of Okabe and Ito, which the colour-blind can tell
+apart, and a marker of its own for every row.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+STYLE = {"font.size": 10, "legend.fontsize": 9, "axes.spines.top": False, "legend.frameon": False,
+         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True}
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+MARKERS = "osD^vPX"
+PANELS = (("nats", {"elbo": "ELBO", "logp_y": "log p(y|x+z)"}),
+          ("accuracy", {"greedy": "greedy", "sampled": "one sample"}),
+          ("length of z, tokens", {"z_len": "length"}), ("KL to the base, nats", {"kl": "KL"}))
+BEFORE = {"direct": "no rationale", "sampled": "a sampled one", "given": "the gold one",
+          "other": "another's gold one"}
+
+
+def looks(i: int) -> dict:
+    """Colour and marker of row i."""
+    return dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markersize=5)
+
+
+def new(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(7, height), layout="constrained", facecolor="white")
+    return figure, [*figure.subplots(rows, columns, squeeze=False).flat]
+
+
+def name_rows(figure: Figure) -> Figure:
+    """Adds a legend above the plot, where it hides nothing."""
+    figure.legend(loc="outside upper center", ncols=4)
+    return figure
+
+
+def spread(axis: Axes, x: list, band: dict, i: int, every: int, label: str) -> None:
+    """A line for row i and its 95 % interval; markers start apart, so that none hides another."""
+    axis.fill_between(x, band["low"], band["high"], color=looks(i)["color"], alpha=0.15, lw=0)
+    axis.plot(x, band["mean"], label=label, markevery=(i * every // 4, every), **looks(i))
+
+
+def curves(numbers: dict) -> Figure:
+    """A run over the questions seen: held-out points, and every update as a thin line."""
+    figure, axes = new(5, 2, 2)
+    held_out, updates = numbers["held_out"], numbers["updates"]
+    for axis, (unit, names) in zip(axes, PANELS):
+        for i, (key, name) in enumerate(names.items()):
+            for of, how in ((updates, dict(color=looks(i)["color"], lw=0.7, alpha=0.6)),
+                            (held_out, looks(i) | dict(label=name))):
+                if None not in of[key]:  # no KL where beta is 0, no accuracy while training
+                    axis.plot(of["seen"], of[key], **how)
+        axis.set(xlabel="questions seen", ylabel=unit)
+        if len(names) > 1 and axis.lines:
+            axis.legend()
+    axes[1].set_ylim(0, 1.02)
+    figure.suptitle("held-out questions (markers) and each update's own (thin)", fontsize=10)
+    return figure
+
+
+def likelihood(rows: dict[str, dict]) -> Figure:
+    """A bar for each row and what stands before y: the template below, answer and end above it."""
+    figure, [axis] = new(3.8)
+    there = [n for n in BEFORE if all(n in of for of in rows.values())]
+    for i, (name, of) in enumerate(rows.items()):
+        color, wide = looks(i)["color"], 0.8 / len(rows)
+        at = [k + wide * (i + 0.5) - 0.4 for k in range(len(there))]
+        template, answer = ([of[n][part] for n in there] for part in ("template", "answer"))
+        mean, low, high = zip(*(of[n]["total"] for n in there))
+        reach = np.abs(np.subtract((low, high), mean))
+        axis.bar(at, template, 0.9 * wide, color=[0.5 + c / 2 for c in to_rgb(color)])
+        axis.bar(at, answer, 0.9 * wide, bottom=template, color=color, label=name)
+        axis.errorbar(at, mean, reach, fmt="none", color="black", lw=1, capsize=3)
+        for x, m, h in zip(at, mean, high):
+            axis.annotate(f"{m:.{1 if m >= 9.95 else 2}f}", (x, h), (0, 3), fontsize=8,
+                          textcoords="offset points", ha="center", rotation=90 * (len(rows) > 4))
+    axis.set_xticks(range(len(there)), [BEFORE[n] for n in there])
+    axis.grid(visible=False, axis="x")
+    axis.margins(y=0.14)  # matplotlib does not reckon with the numbers above the bars
+    none = "" if "given" in there else "\nthese data have no gold rationales"
+    axis.set(xlabel="rationale before y", ylabel="mean -log p(y|x), nats", ylim=(0, None))
+    axis.set_title(f"light: template; full shade: gold answer and end; 95 % interval{none}",
+                   fontsize=10)
+    return name_rows(figure)
+
+
+def length(rows: dict[str, dict], trained: dict[str, int]) -> Figure:
+    """Greedy accuracy over L; a dashed line where a checkpoint was trained."""
+    figure, [axis] = new(3.8)
+    for i, (name, band) in enumerate(rows.items()):
+        x = range(1, len(band["mean"]) + 1)
+        spread(axis, x, band, i, max(1, len(x) // 8), name)
+        if name in trained:
+            axis.axvline(trained[name], color=looks(i)["color"], ls="--", lw=1.2)
+    axis.set(xlabel="L, longest rationale in tokens (dashed: the L of training)",
+             ylabel="greedy accuracy", ylim=(0, 1.02))
+    return name_rows(figure)
+
+
+def votes(rows: dict[str, dict]) -> Figure:
+    """maj@k with its band, pass@k as a thin dashed line."""
+    figure, [axis] = new(3.8)
+    for i, (name, of) in enumerate(rows.items()):
+        x = range(1, len(of["maj"]["mean"]) + 1)
+        spread(axis, x, of["maj"], i, max(1, len(x) // 8), name)
+        axis.plot(x, of["pass"]["mean"], color=looks(i)["color"], lw=0.9, ls="--")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="k, samples a question (thin, dashed: pass@k)", ylim=(0, 1.02),
+             ylabel="accuracy of the majority, maj@k")
+    return name_rows(figure)
+
+
+def draw(numbers: dict, out: Path) -> None:
+    """{out}/curves.png, where there are logs, likelihood.png, length.png and votes.png."""
+    with rc_context(STYLE):
+        made = dict(likelihood=likelihood(numbers["likelihood"]), votes=votes(numbers["votes"]),
+                    length=length(**numbers["length"]))
+        if numbers["curves"]:
+            made["curves"] = curves(numbers["curves"])
+        for name, figure in made.items():
+            figure.savefig(out / f"{name}.png", dpi=150)
