@@ -34,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import latro  # before transformers: see there
-from kernels import canonical, flexible, gold_rationale, majority, same_answer
+from kernels import as_number, canonical, flexible, gold_rationale, majority, same_answer
 from latro import Example, Problem
 
 RESAMPLES = 10_000
@@ -152,11 +152,12 @@ def bound(samples: list[dict]) -> float:
 def columns(row: dict) -> dict[str, float]:
     """What one question says of a model, by column of the table."""
     samples, gold = row["samples"], row["gold"]
+    voted = majority([s["said"] for s in samples], numeric=as_number(gold) is not None)
     mean = lambda values: float(np.mean([*values]))
     return {
         "greedy": row["right"], "loose": flexible(row["text"], gold, options(row["question"])),
         "T = 1": mean(s["right"] for s in samples),
-        "maj@k": same_answer(majority([s["said"] for s in samples]), gold),
+        "maj@k": same_answer(voted, gold),
         "pass@k": any(s["right"] for s in samples),
         "log p(y|x)": row["direct"]["answer"] + row["direct"]["end"],
         "log p(y|x+z)": mean(s["logp_y"] for s in samples),
@@ -394,10 +395,8 @@ def lengths(done: list[dict], L: int) -> dict[str, list[float]]:
     The policy does not know its limit, and a greedy reply draws no random numbers: limits only cut
     it. z runs until its stop (`actions` counts that too) where the stop's last token is within the
     limit, else it is cut and has no answer. So a reply is right at a limit if and only if it is
-    right at L and actions <= limit. This is exact for replies that spell the template as one of
-    Codec.stops, and say the same answer in all they write as in its first tokens: `evaluate` cuts
-    the reply itself `room` tokens past the limit. Samples have no such curve: a random number's
-    place hangs on the limit."""
+    right at L and actions <= limit: exact for replies that spell the template as one of
+    Codec.stops. Samples have no such curve: a random number's place hangs on the limit."""
     return band([[row["right"] and row["actions"] <= limit for limit in range(1, L + 1)]
                  for row in done])
 
@@ -409,10 +408,11 @@ def ballots(row: dict, order: np.ndarray) -> list[float]:
     rest on one draw a question, and wander with k by chance; here every sample counts k times, so
     that k = 1 is the accuracy of a sample and k = K the table's maj@k, both to the last digit."""
     codes, right = {"": 0}, [False]  # small numbers for the forms that votes are counted by
-    for s in row["samples"]:
-        if codes.setdefault(canonical(s["said"]), len(codes)) == len(right):
+    forms = [canonical(s["said"], as_number(row["gold"]) is not None) for s in row["samples"]]
+    for s, form in zip(row["samples"], forms):
+        if codes.setdefault(form, len(codes)) == len(right):
             right.append(same_answer(s["said"], row["gold"]))
-    given = [codes[canonical(s["said"])] for s in row["samples"]]
+    given = [codes[form] for form in forms]
     K, ring = len(given), [*order.tolist() * 2]
 
     def wins(start: int, k: int) -> bool:

@@ -15,7 +15,8 @@ import torch
 from transformers import utils
 
 from . import reference
-from .answers import TEMPLATE, answer_in, canonical, flexible, majority, same_answer, strict
+from .answers import (TEMPLATE, answer_in, as_number, canonical, flexible, majority, same_answer,
+                      strict)
 from .attention import attention, context, tree_mask, unsupported, window
 from .memory import memory_table
 from .reference import Scores, pick_tokens, score_given, span_sums
