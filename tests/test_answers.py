@@ -1,9 +1,8 @@
 """Answers are graded as a reader would: a table of replies, properties of any text, the real data
 sets, and lm-evaluation-harness's own GSM8K filters beside ours.
 
-The properties need hypothesis. The harness is brought by (no more of it is imported than that)
-
-    pip install --no-deps lm-eval
+    pip install hypothesis                for the properties
+    pip install --no-deps lm-eval         for its filters; they import nothing else but numpy
 """
 
 import json
@@ -45,6 +44,7 @@ REPLIES = [
     ("", "18", NO, NO), (" \n\t", "18", NO, NO), ("...!?", "18", NO, NO), ("~", "18", NO, NO),
     ("~.", "18", NO, NO), ("~ =", "18", NO, NO), ("~ unknown", "18", NO, NO),
     ("18", "18", NO, YES), ("9 + 9 = 18", "18", NO, YES), ("So it is 18. ~", "18", NO, YES),
+    ("In 3 days 5 hens lay 18.", "18", NO, YES), ("In 3 days 5 hens lay 18.", "5", NO, NO),
     ("~ 5. No. ~ 18.", "18", YES, YES), ("~ 18. No. ~ 5.", "18", NO, NO),
     ("~ ~ 18.", "18", YES, YES), ("the answer is 18.", "18", NO, YES),
     ("~\n18.", "18", NO, YES), ("~:\n18.", "18", NO, YES),
@@ -128,7 +128,8 @@ REPLIES = [
     ("~ 9.8.", "9.8 m/s", NO, NO), ("~ 9.80 m/s.", "9.8 m/s", NO, NO),
     ("~ -3\u00b0C.", "3\u00b0C", NO, NO),
     ("~ \u22123\u00b0C.", "-3\u00b0C", YES, YES), ("~ 10:30.", "10:30", YES, YES),
-    ("~ 5-3.", "5-3", YES, YES), ("~ Students 1 and 3.", "Students 1 and 3", YES, YES),
+    ("~ 5-3.", "5-3", YES, YES), ("~ 1 2.", "1 2", YES, YES),
+    ("~ Students 1 and 3.", "Students 1 and 3", YES, YES),
     # a text without options: flexibly, the reply ends with it
     ("It must be water.", "water", NO, YES), ("It must be **Water**!", "water", NO, YES),
     ("It must be saltwater.", "water", NO, NO), ("It must be salt-water.", "water", NO, NO),
@@ -226,8 +227,9 @@ def given(tmp_path):
 
 
 FRAGMENTS = [*"0123456789", *"0123456789", *".,-+/=$%x()*^eE:;?!'\"`_<>{}\\\n\t ", *"   \u2212",
-             "\u2013", "\u00bd", "\u00b2", "\uff11", "\u0660", " or ", " and ", " to ", "not ", "minus ",
-             "the ", "kg", " apples", "water", "salt ", "ice", "\\boxed{", "</s>", TEMPLATE]
+             "\u2013", "\u00bd", "\u00b2", "\uff11", "\u0660", " or ", " and ", " to ", "not ",
+             "minus ", "the ", "kg", " apples", "water", "salt ", "ice", "\\boxed{", "</s>",
+             TEMPLATE]
 
 
 @pytest.fixture
