@@ -503,7 +503,8 @@ def evaluation(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    return latro.guarded("eval.py", lambda: evaluation(argv))
+    return latro.guarded("eval.py", lambda: evaluation(argv), "--batch, --k or --L",
+                         "--out keeps what is graded: set that right and run this again")
 
 
 if __name__ == "__main__":

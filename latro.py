@@ -619,17 +619,17 @@ def report(args: Args) -> None:
     for a, b in zip(looks[0], looks[-1]):
         say(f"\n{a['question']}  [{a['gold']}]\n  before: {a['text']}\n  after:  {b['text']}")
 
-def guarded(program: str, work) -> int:
-    """Exit code 0, or 1 after one line on stderr."""
+def guarded(program: str, work, lower: str, kept: str) -> int:
+    """Exit code 0, or 1 after one line on stderr: flags to lower, what an error has not cost."""
     try:
         work()
         return 0
     except Problem as e:
         why = e if is_first() else None
     except torch.OutOfMemoryError as e:
-        why = f"out of GPU memory: lower --micro, --K, --L or --questions ({brief(e)})"
+        why = f"out of GPU memory: lower {lower} ({brief(e)})"
     except OSError as e:
-        why = f"{brief(e)}; --out keeps its last checkpoint: set that right, then --resume"
+        why = f"{brief(e)}; {kept}"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -637,14 +637,14 @@ def guarded(program: str, work) -> int:
         print(f"{program}: {why}", file=sys.stderr)
     return 1
 
-def begin(argv: list[str] | None) -> None:
-    args = parse(argv)
+def begin(args: Args) -> None:
     if args.plan:
         return say(kernels.memory_table(read_model(args)[0], args, args.questions // world_size()))
     train(args)
 
 def main(argv: list[str] | None = None) -> int:
-    return guarded("latro.py", lambda: begin(argv))
+    return guarded("latro.py", lambda: begin(parse(argv)), "--micro, --K, --L or --questions",
+                   "--out keeps its last checkpoint: set that right, then --resume")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -66,7 +66,7 @@ def test_processes_change_nothing(graded, run, tmp_path):
     assert close(held["results"], graded["results"])
 
 
-def test_goes_on_where_it_was_interrupted(graded, run, tmp_path, monkeypatch):
+def test_goes_on_where_it_was_interrupted(graded, run, tmp_path, monkeypatch, capsys):
     """Neither a question lost nor one done twice, also behind a line that a kill tore."""
     evaluate, seen = latro.evaluate, []
 
@@ -79,6 +79,7 @@ def test_goes_on_where_it_was_interrupted(graded, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(latro, "evaluate", interrupted)
         assert grading.main(flags) == 1
+    assert "run this again" in capsys.readouterr().err
     with open(tmp_path / "base.jsonl", "a") as f:
         f.write('{"question": "torn')
     asked = []
