@@ -48,8 +48,8 @@ def run(model, task, out, *flags):
     assert code == 0, errors[-3000:]
     metrics, evals = rows(out), rows(out, "evals")
     for row in metrics:
-        apart = ["seconds", *["reward_right"] * (row["reaches"] in (0, 1))]  # none without a spread
-        numbers = [v for k, v in row.items() if k not in apart]
+        # no correlation where the rationales of a question all lead to the answer, or none does
+        numbers = [v for k, v in row.items() if k != "seconds" and (k, v) != ("reward_right", None)]
         assert all(math.isfinite(v) for v in numbers) and row["grad_norm"] > 0 and row["z_len"] > 1
     assert metrics[0]["kl"] == 0.0 and metrics[-1]["kl"] != 0.0
     assert [row["step"] for row in evals] == [0, len(metrics)] and evals[0]["n"] == 4
