@@ -70,6 +70,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def noted(folder: str | Path) -> dict:
+    """latro.json of a run; of any other model, that nothing is known."""
+    note = Path(folder, "latro.json")
+    return json.loads(note.read_text()) if note.exists() else dict(args={}, base=None)
+
+
 def settings(flags: argparse.Namespace) -> latro.Args:
     """The checkpoint's own settings where no flag says otherwise; y is what follows the template
     for every row, whatever it was trained on."""
@@ -77,8 +83,7 @@ def settings(flags: argparse.Namespace) -> latro.Args:
     for folder in filter(None, [*flags.ckpt, flags.sft]):
         if not Path(folder, "config.json").exists():
             raise Problem(f"{folder}: no model there; name the --out of a run that has saved one")
-    note = first / "latro.json"
-    saved = json.loads(note.read_text()) if note.exists() else dict(args={}, base=None)
+    saved = noted(first)
     given = {k: v for k, v in vars(flags).items() if k in SAVED and v is not None}
     own = dict(questions=3 * latro.world_size()) | saved["args"] | given | dict(
         model=flags.base or saved["base"], out=flags.out or str(first / "eval"),
@@ -117,7 +122,7 @@ def replies(name: str, model: str, load, reference, codec, examples: list[Exampl
     path = Path(args.out, f"{name}.jsonl")
     head = dict(model=model, weights=fingerprint(model), split=flags.split, k=flags.k, L=args.L,
                 seed=args.seed, data=args.data, questions=len(examples))
-    held = [json.loads(s) for s in path.read_text().split("\n")[:-1]] if path.exists() else []
+    held = latro.read_log(args, path.name) if path.exists() else []
     done = held[1:] if held[:1] == [head] else []
     dist.barrier()  # all have read before the first one writes
     if latro.is_first():
@@ -362,7 +367,7 @@ def curves(folder: str, args: latro.Args) -> dict | None:
     run = dataclasses.replace(args, out=folder)
     if not all(Path(folder, f).exists() for f in ("latro.json", "evals.jsonl", "metrics.jsonl")):
         return None
-    size = json.loads(Path(folder, "latro.json").read_text())["args"]["questions"]
+    size = noted(folder)["args"]["questions"]
 
     def over(name: str, ahead: int) -> dict[str, list]:
         rows = latro.read_log(run, name)
@@ -438,8 +443,8 @@ def votes(done: list[dict]) -> dict[str, dict]:
 
 def derive(rows: dict[str, list[dict]], ckpt: list[str], args: latro.Args) -> dict[str, dict]:
     """All numbers behind the figures, by figure and row of the table."""
-    notes = {Path(f).resolve().name: Path(f, "latro.json") for f in ckpt}
-    trained = {n: json.loads(p.read_text())["args"]["L"] for n, p in notes.items() if p.exists()}
+    runs = {Path(folder).resolve().name: noted(folder)["args"] for folder in ckpt}
+    trained = {name: own["L"] for name, own in runs.items() if own}
     by_row = lambda work: {name: work(done) for name, done in rows.items()}
     return dict(curves=curves(ckpt[0], args), likelihood=by_row(likelihood), votes=by_row(votes),
                 length=dict(trained=trained, rows=by_row(lambda done: lengths(done, args.L))))

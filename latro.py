@@ -38,8 +38,8 @@ from tqdm import tqdm
 import kernels  # before transformers: see there
 import transformers
 from kernels import (CONFIGS, TASKS, TEMPLATE, Rationale, Scores, Tree, answer_in, conclude,
-                     flexible, gold_rationale, plant, sample, score_given, score_rationales, strict,
-                     token_logprobs)
+                     flexible, gold_rationale, plant, same_answer, sample, score_given,
+                     score_rationales, token_logprobs)
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -373,7 +373,7 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
 
     def reply(e: Example, r: Rationale) -> dict:
         said = answer_in(text := codec.text(r.ids))
-        return dict(text=text, said=said, right=strict(text, e.gold), actions=len(r.actions))
+        return dict(text=text, said=said, right=same_answer(said, e.gold), actions=len(r.actions))
 
     with gathered(policy, reference):
         for slots, batch in (zip(*mine[i:i + size]) for i in range(0, len(mine), size)):

@@ -11,6 +11,7 @@ import pytest
 import eval as grading
 import latro
 from conftest import ROOT, TINY, TOY, launch, start
+from test_distributed import close
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +49,14 @@ def test_batches_change_nothing(graded, run, tmp_path, batch):
     assert grade(run, tmp_path, "--batch", batch)["rows"] == graded["rows"]
 
 
-def close(a, b):
-    """Equal, floats to 1e-4: other matrix shapes, other rounding."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(close, a, b))
-    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4) if isinstance(a, float) else a == b
-
-
 def test_processes_change_nothing(graded, run, tmp_path):
+    """Floats to 1e-4: other matrix shapes, other rounding."""
     code, _, err = launch("--ckpt", run, "--out", tmp_path, "--k", 3, processes=2,
                           script=ROOT / "eval.py")
     assert code == 0, err
     held = json.loads(Path(tmp_path, "eval.json").read_text())
-    assert close(held["rows"], graded["rows"])
-    assert close(held["results"], graded["results"])
+    close(held["rows"], graded["rows"], rel=1e-4)
+    close(held["results"], graded["results"], rel=1e-4)
 
 
 def test_goes_on_where_it_was_interrupted(graded, run, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import eval as grading
 import latro
 from conftest import HELD, TINY, start
-from kernels import majority, same_answer
+from kernels import majority, same_answer, strict
 
 NAMES = "curves", "length", "likelihood", "votes"
 
@@ -85,7 +85,7 @@ def test_one_evaluation_gives_every_limit(toy):
         own = dataclasses.replace(args, L=limit)
         groups = latro.rollout(policy, codec, examples, [*range(12)], 0, own, 1, room, greedy=True)
         return [dict(ids=r.ids, actions=len(r.actions), cut=r.cut,
-                     right=latro.strict(codec.text(r.ids), e.gold))
+                     right=strict(codec.text(r.ids), e.gold))
                 for e, [r] in zip(examples, groups)]
 
     whole = at(args.L)
