@@ -11,9 +11,15 @@ question is written to --out as it is done; an interrupted run goes on from ther
 greedy, T = 1  accuracy of the greedy reply, and of one of k samples: strict, the answer behind the
                template; loose: or the last number, the last option (kernels/answers.py)
 maj@k, pass@k  accuracy of the most frequent answer, ties to the one given first; of any
-log p(y|x)     of the answer behind the template without a rationale, and with a sampled one, nats
+log p(y|x)     of the gold answer behind the template, nats: without a rationale, with the data's
+               own (gold), with that of another question, with a sampled one (z)
+template ...   log p behind a sampled rationale of the template, the gold answer, its end, nats
 ELBO, bound    E log p(y|x+z) - KL to the base; log mean_k p(y|x+z) pi_0(z|x) / pi(z|x), nats
 z, ends        length of the rationale in tokens, share that ended before L
+reaches        share of rationales whose last number or option is the gold answer; follows: whose
+               last number or option is the reply's own answer
+r ~ right      correlation of reward and being right within a question, where both vary
+entropy        of the policy's choice of a token of z, nats; unique: share of different rationales
 
 --figures      curves.png, likelihood.png, length.png, votes.png; their numbers: figures.json
 """
@@ -22,11 +28,11 @@ import argparse, dataclasses, json, math, re, shlex, shutil, sys, textwrap
 from base64 import b64encode
 from collections import Counter
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +44,10 @@ from kernels import as_number, canonical, flexible, gold_rationale, majority, sa
 from latro import Example, Problem
 
 RESAMPLES = 10_000
-SHARES = "greedy", "loose", "T = 1", "maj@k", "pass@k", "ends"
+PARTS = "template", "answer", "end"  # of what the model is asked to say behind a rationale
+TABLES = (("greedy", "loose", "T = 1", "maj@k", "pass@k"),
+          ("log p(y|x)", "log p(y|x+gold)", "log p(y|x+other)", "log p(y|x+z)", "ELBO", "bound"),
+          ("z", "ends", *PARTS), ("reaches", "follows", "r ~ right", "entropy", "unique"))
 GROUPS = {(False, True): "fixed", (True, False): "broken", (True, True): "both right",
           (False, False): "both wrong"}  # by the greedy replies of the first row and of the last
 PAGE = latro.HERE / "assets" / "report.html"
@@ -109,7 +118,7 @@ def evidence(policy, codec, examples: list[Example], some: slice, args) -> list[
         known = {name: z for name, z in known.items() if z or name == "direct"}
         group = [gold_rationale(codec, z, e.answer) for z in known.values()]
         [rows] = latro.records(codec, [e], [group], *latro.score(policy, None, [e], [group], args))
-        return {name: {k: r[k] for k in ("template", "answer", "end")}
+        return {name: {part: r[part] for part in PARTS}
                 for name, r in zip(known, rows)}
 
     with torch.no_grad(), latro.gathered(policy):
@@ -154,38 +163,52 @@ def bound(samples: list[dict]) -> float:
     return float(np.logaddexp.reduce(logs) - math.log(len(logs)))
 
 
-def columns(row: dict) -> dict[str, float]:
-    """What one question says of a model, by column of the table."""
-    samples, gold = row["samples"], row["gold"]
+def follows(samples: list[dict], choices: list[str]) -> float | None:
+    """Of the samples that answer, the share whose answer is where their rationale led."""
+    led = [flexible(s["z"], s["said"], choices) for s in samples if s["said"]]
+    return float(np.mean(led)) if led else None
+
+
+def columns(row: dict) -> dict[str, float | None]:
+    """What one question says of a model, by column of TABLES; None: nothing."""
+    samples, gold, choices = row["samples"], row["gold"], options(row["question"])
     voted = majority([s["said"] for s in samples], numeric=as_number(gold) is not None)
-    mean = lambda values: float(np.mean([*values]))
+    right, known = [s["right"] for s in samples], latro.summary([samples])
+    behind = lambda z: row[z]["answer"] + row[z]["end"] if z in row else None
     return {
-        "greedy": row["right"], "loose": flexible(row["text"], gold, options(row["question"])),
-        "T = 1": mean(s["right"] for s in samples),
-        "maj@k": same_answer(voted, gold),
-        "pass@k": any(s["right"] for s in samples),
-        "log p(y|x)": row["direct"]["answer"] + row["direct"]["end"],
-        "log p(y|x+z)": mean(s["logp_y"] for s in samples),
-        "ELBO": mean(s["logp_y"] - s["logp_z"] + s["logp0_z"] for s in samples),
-        "bound": bound(samples), "z": mean(s["z_len"] for s in samples),
-        "ends": mean(s["finished"] for s in samples)}
+        "greedy": row["right"], "loose": flexible(row["text"], gold, choices),
+        "T = 1": float(np.mean(right)), "maj@k": same_answer(voted, gold), "pass@k": any(right),
+        "log p(y|x)": behind("direct"), "log p(y|x+gold)": behind("given"),
+        "log p(y|x+other)": behind("other"), "log p(y|x+z)": known["logp_y"],
+        "ELBO": known["elbo"], "bound": bound(samples),
+        "z": known["z_len"], "ends": known["finished"], **{part: known[part] for part in PARTS},
+        "reaches": known["reaches"], "follows": follows(samples, choices),
+        "r ~ right": known["reward_right"], "entropy": known["entropy"], "unique": known["unique"]}
 
 
 class Estimate(NamedTuple):
     """A mean over questions and the 95 % interval of the bootstrap over questions (which has no
-    width where all questions agree)."""
+    width where all questions agree); None where no question says anything."""
 
-    mean: float
-    low: float
-    high: float
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+@lru_cache(maxsize=1)
+def resamples(n: int) -> np.ndarray:
+    """(RESAMPLES, n): how often each question was drawn, over n. The same at every call."""
+    return np.random.default_rng(0).multinomial(n, [1 / n] * n, RESAMPLES) / n
 
 
 def estimates(values: np.ndarray) -> list[Estimate]:
-    """One for each column of (questions, columns); the same resamples for every call of a size."""
-    n = len(values)
-    weights = np.random.default_rng(0).multinomial(n, [1 / n] * n, RESAMPLES) / n
-    ends = np.quantile(weights @ values, [0.025, 0.975], axis=0)
-    return [Estimate(*map(float, e)) for e in zip(values.mean(0), *ends)]
+    """One for each column of (questions, columns); a question whose value is NaN does not count."""
+    weights, there = resamples(len(values)), ~np.isnan(values)
+    held = np.where(there, values, 0)
+    with np.errstate(invalid="ignore"):  # 0 / 0: nothing there
+        mean, drawn = held.sum(0) / there.sum(0), (weights @ held) / (weights @ there)
+    ends = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return [Estimate(*(None if math.isnan(v) else float(v) for v in e)) for e in zip(mean, *ends)]
 
 
 def mcnemar(before: list[bool], after: list[bool]) -> tuple[int, int, float]:
@@ -215,30 +238,41 @@ def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
     return {name: of(name) for name in rows}
 
 
-def cells(found: dict[str, dict], k: int) -> list[list[str]]:
-    """The table's text: a line of names, then one for each row."""
-    names = [*next(iter(found.values()))["columns"]]
-    digits = lambda name: 1 if name == "z" else 3 if name in SHARES else 2
-    show = lambda e, d: f"{e.mean:.{d}f} ({e.low:.{d}f} to {e.high:.{d}f})"
-    return [["", *(n.replace("@k", f"@{k}") for n in names)],
-            *([name, *(show(row["columns"][n], digits(n)) for n in names)]
-              for name, row in found.items())]
+def digits(name: str, value: float | None) -> str:
+    """A number of a column as text."""
+    places = 1 if name == "z" else 2 if name in (*TABLES[1], *PARTS) else 3
+    return "-" if value is None else f"{value:.{places}f}"
+
+
+def cells(found: dict[str, dict], k: int) -> list[list[list[tuple[str, str]]]]:
+    """The tables' text: by table and line, mean and interval; the first line are the names."""
+    def cell(name: str, e: Estimate) -> tuple[str, str]:
+        mean, low, high = (digits(name, value) for value in e)
+        return mean, "" if low == "-" else f"{low} to {high}"
+
+    return [[[("", ""), *((n.replace("@k", f"@{k}"), "") for n in names)],
+             *([(row, ""), *(cell(n, of["columns"][n]) for n in names)]
+               for row, of in found.items())] for names in TABLES]
 
 
 def table(found: dict[str, dict], k: int) -> str:
     """For a terminal: the interval below the mean."""
-    parts = [[text.partition(" (") for text in row] for row in cells(found, k)]
-    spans = [[span[:-1].replace(" to ", "..") for *_, span in row] for row in parts]
-    lines = [line for row, span in zip(parts, spans) for line in ([mean for mean, *_ in row], span)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines = ["  ".join(map(str.rjust, line, widths)).rstrip() for line in lines]
-    return "\n".join(filter(None, lines))
+    def lines(rows: list[list[tuple[str, str]]]) -> Iterator[str]:
+        flat = [line for row in rows for line in zip(*row) if any(line)]
+        widths = [max(map(len, column)) for column in zip(*flat)]
+        yield from ("  ".join(map(str.rjust, line, widths)).rstrip() for line in flat)
+    return "\n\n".join("\n".join(lines(rows)) for rows in cells(found, k))
 
 
 def markdown(found: dict[str, dict], k: int) -> str:
-    heads, *rest = [[text.replace("|", "\\|") for text in line] for line in cells(found, k)]
-    lines = [heads, ["---"] * len(heads), *rest]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    def line(texts: list[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |\n"
+
+    def lines(rows: list[list[tuple[str, str]]]) -> str:
+        heads, *rest = [[f"{mean} ({span})" if span else mean for mean, span in row]
+                        for row in rows]
+        return "".join(map(line, [heads, ["---"] * len(heads), *rest]))
+    return "\n".join(map(lines, cells(found, k)))
 
 
 def verdict(name: str, base: str, row: dict) -> str:
@@ -309,7 +343,7 @@ def content(command: str, rows: dict[str, list[dict]], found: dict[str, dict], k
     questions = [
         dict(question=own[0]["question"], gold=own[0]["gold"], group=group, rows=[*map(reply, own)])
         for group, *own in zip(groups(rows), *rows.values())]
-    return dict(command=command, names=[*rows], groups=[*GROUPS.values()], table=cells(found, k),
+    return dict(command=command, names=[*rows], groups=[*GROUPS.values()], tables=cells(found, k),
                 verdicts=[verdict(name, first, found[name]) for name in others],
                 questions=questions)
 

@@ -351,7 +351,7 @@ def summary(questions: list[list[dict]]) -> dict:
     kl = mean("logp_z") - mean("logp0_z") if "logp0_z" in samples[0] else None
     pairs = [np.array([(s["reward"], s.get("right", s["reaches"])) for s in q], float)
              for q in questions]
-    ties = [np.corrcoef(p.T)[0, 1] for p in pairs if p.std(0).all()]
+    ties = [np.corrcoef(p.T)[0, 1] for p in pairs if (p.std(0) > 0).all()]
     return dict(elbo=None if kl is None else mean("logp_y") - kl, logp_y=mean("logp_y"), kl=kl,
                 **{k: mean(k) for k in "reward z_len finished template answer end reaches".split()},
                 reward_std=float(np.mean([np.std([s["reward"] for s in q]) for q in questions])),

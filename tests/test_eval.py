@@ -106,9 +106,10 @@ def test_trained_further_starts_anew(graded, run, tmp_path):
 
 # ------------------------------------------------------- numbers
 
-def sample(said, logp_y=-1.0, kl=0.0, right=False, z_len=3, finished=True):
+def sample(said, logp_y=-1.0, kl=0.0, right=False, z_len=3, finished=True, z="2 + 2 = 4."):
     return dict(said=said, right=right, logp_y=logp_y, logp_z=kl - 5, logp0_z=-5.0, z_len=z_len,
-                finished=finished)
+                finished=finished, z=z, actions=z_len + 3, reward=logp_y, reaches="4" in z,
+                template=-0.5, answer=logp_y + 0.1, end=-0.1)
 
 
 def record(said, samples, gold="4", text="", right=False):
@@ -118,12 +119,29 @@ def record(said, samples, gold="4", text="", right=False):
 
 def test_columns():
     r = record("5", [sample("4", -1.0, 2.0, True, 3), sample("7", -3.0, 0.0, False, 5, False),
-                     sample("4.0", -2.0, 1.0, True, 4)], text="It is 5, so 4")
+                     sample("4.0", -2.0, 1.0, True, 4, z="so 3")], text="It is 5, so 4")
+    r["given"] = dict(template=-0.1, answer=-0.5, end=-0.25)
     found = grading.columns(r)
+    assert [*found] == [name for names in grading.TABLES for name in names]
     assert found == pytest.approx({
         "greedy": 0, "loose": 1, "T = 1": 2 / 3, "maj@k": 1, "pass@k": 1, "log p(y|x)": -2.5,
-        "log p(y|x+z)": -2, "ELBO": -3, "z": 4, "ends": 2 / 3,
-        "bound": math.log((math.exp(-3) + math.exp(-3) + math.exp(-3)) / 3)})
+        "log p(y|x+gold)": -0.75, "log p(y|x+other)": None, "log p(y|x+z)": -2, "ELBO": -3,
+        "bound": math.log((math.exp(-3) + math.exp(-3) + math.exp(-3)) / 3),
+        "z": 4, "ends": 2 / 3, "template": -0.5, "answer": -1.9, "end": -0.1, "reaches": 2 / 3, "follows": 1 / 3, "r ~ right": 3**0.5 / 2,
+        "entropy": (3 + 5 + 4) / (6 + 8 + 7), "unique": 2 / 3})
+
+
+def test_what_nothing_is_known_of():
+    """No correlation where all rationales are right, no following where no reply answers."""
+    silent = record("4", [sample("", right=True), sample("", -2.0, right=True)])
+    found = grading.columns(silent)
+    assert found["r ~ right"] is None and found["follows"] is None
+    known = record("4", [sample("4", -1.0, right=True), sample("4", -2.0, z="so 3")])
+    rows = dict(base=[silent] * 3, run=[silent, known, known])
+    of = {name: row["columns"] for name, row in grading.results(rows).items()}
+    assert of["base"]["follows"] == of["base"]["r ~ right"] == (None, None, None)
+    assert of["run"]["follows"].mean == 0.5 and of["run"]["r ~ right"].mean == pytest.approx(1)
+    assert "nan" not in grading.markdown(grading.results(rows), 2)
 
 
 def test_estimates():
