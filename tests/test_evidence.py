@@ -1,0 +1,154 @@
+"""The two scripts that make the evidence, small: what they train and grade, and going on."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TOY, rows, write_rows
+
+import eval as grading
+import kernels
+import latro
+from assets import evidence, real_model
+
+
+@pytest.mark.parametrize("control", ["zero", "shuffled"])
+def test_broken_credit(control):
+    """The controls take the credit from the rationales, and nothing else."""
+    draw, K = torch.Generator().manual_seed(0), 3
+    edges = torch.arange(0, 26, 2)
+    logp = -torch.rand(24, generator=draw)
+    given = logp, logp - 0.1, edges[:-1:2], edges[1::2], edges[2::2], K, 0.05
+    right = kernels.score_rationales(*given, total=6.0)
+    broken = evidence.broken_credit(control)(*given, total=6.0)
+    A = right.advantage.view(2, K)
+    A = torch.zeros_like(A) if control == "zero" else A[:, [2, 0, 1]]
+    assert torch.equal(broken.advantage, A.flatten()) and torch.equal(broken.reward, right.reward)
+    spans = torch.arange(24) // 2
+    z = spans % 2 == 0
+    assert torch.equal(broken.weights[~z], right.weights[~z])
+    assert torch.allclose(broken.weights[z], A.flatten()[spans[z] // 2] / 6)
+    assert not torch.allclose(broken.weights[z], right.weights[z])
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """What the scripts would start as processes, run here: seconds instead of minutes."""
+    def run(command):
+        script, *flags = map(str, command)
+        if "--one" in flags:
+            name, seed = flags[flags.index("--one") + 1:]
+            runs = evidence.Path(flags[flags.index("--runs") + 1])
+            return evidence.train(name, int(seed), evidence.folder(runs, name, int(seed)))
+        main = latro.main if script.endswith("latro.py") else grading.main
+        assert main(flags) == 0
+
+    started = []
+    monkeypatch.setattr(evidence, "in_turn", lambda commands, jobs: [
+        started.append(command) or run(command[command.index(next(
+            part for part in command if str(part).endswith(".py"))):]) for command in commands])
+    monkeypatch.setattr(real_model, "until", lambda deadline, command, watch=lambda: None: (
+        started.append(command), run(command), watch()))
+    return started
+
+
+def test_evidence(in_process, tmp_path, monkeypatch):
+    """Tables, figures and the record; a second call trains and grades nothing."""
+    small = "--questions 2 --K 3 --L 24 --steps 1 --eval-questions 1"
+    monkeypatch.setattr(evidence, "ARMS", {
+        "LaTRO": evidence.Arm(2, small), "no credit": evidence.Arm(1, small, "zero"),
+        "SFT": evidence.Arm(1, f"{small} --objective sft"),
+        "another base": evidence.Arm(1, small, base=evidence.SECOND)})
+    monkeypatch.setattr(evidence, "DRAWN", dict(k=2, questions=3, ckpt=["LaTRO"], sft="SFT"))
+    (tmp_path / "made").mkdir()
+    flags = "evidence.py", "--questions", "3", "--runs", tmp_path / "runs", "--out", (
+        tmp_path / "made"), "--arms", "LaTRO", "no credit", "SFT"
+    monkeypatch.setattr(sys, "argv", [*map(str, flags)])
+    evidence.main()
+    made = sorted(f.name for f in (tmp_path / "made").iterdir())
+    assert made == ["curves.png", "diagnostics.md", "evidence.json", "evidence.md", "length.png",
+                    "likelihood.png", "votes.png"]
+    heads, _, base, mean, broken, sft = (tmp_path / "made/evidence.md").read_text().splitlines()
+    assert heads.startswith("|  | seeds | greedy | T = 1 | maj@8 | log p(y\\|x)")
+    assert base.startswith("| base | 1 | 0.") and mean.startswith("| LaTRO | 2 | 0.")
+    assert broken.startswith("| no credit | 1 | ") and sft.startswith("| SFT | 1 | ")
+    [held] = json.loads((tmp_path / "made/evidence.json").read_text())
+    assert "rows" not in held and held["results"]["LaTRO.1"]["columns"]["greedy"]
+    started = len(in_process)
+    evidence.main()
+    assert len(in_process) == started + 2  # the two evaluations, which have all replies
+
+
+def gsm8k(folder):
+    """The toy's questions in the layout of GSM8K and ARC-Challenge."""
+    folder.mkdir()
+    for split in ("train", "test"):
+        made = write_rows(folder / "gsm8k", split, 16)
+        text = [json.dumps(r | dict(answer=f"Monday 1 + 2 = 3.\n#### {r['answer']}")) for r in made]
+        (folder / "gsm8k" / f"{split}.jsonl").write_text("\n".join(text) + "\n")
+        choices = dict(text=["4", "5"], label=["A", "B"])
+        write_rows(folder / "arc_challenge", split, 4, choices=choices, answerKey="B")
+    return folder
+
+
+def test_real_model(in_process, tmp_path, monkeypatch, capsys):
+    """Every arm, the best state of each, both tables; a second call does nothing more."""
+    flags = ("--model", TOY, "--data", gsm8k(tmp_path / "data"), "--runs", tmp_path / "runs",
+             *"--updates 2 --warm-up 1 --every 1 --graded 3 --k 2 --batch 2 --".split(),
+             *"--questions 2 --K 2 --L 16 --micro 2 --eval-questions 2".split())
+    monkeypatch.setattr(sys, "argv", ["real_model.py", *map(str, flags)])
+    real_model.main()
+    shown = capsys.readouterr().out
+    for task in real_model.TASKS:
+        text = (tmp_path / "runs" / task / "eval.md").read_text()
+        names = [line.split(" | ")[0].strip("| ") for line in text.splitlines()]
+        assert text in shown and names[2:7] == ["base", "sft", *real_model.ROWS]
+    for name, steps in dict(warm_up=1, sft=3, latro_raw=2, latro_warm=2).items():
+        best = tmp_path / "runs/selected" / name
+        looks = {r["step"]: r["greedy"] for r in rows(best, "evals") if r["step"]}
+        chosen = json.loads((best / "selected.json").read_text())
+        last_best = max(looks, key=lambda step: (looks[step], step))
+        assert chosen == dict(step=last_best, greedy=looks[last_best])
+        assert len(rows(tmp_path / "runs" / name)) == steps
+    before = json.loads((tmp_path / "runs/latro_warm/latro.json").read_text())["base"]
+    assert before == str(tmp_path / "runs/selected/warm_up")
+    started = len(in_process)
+    real_model.main()
+    assert len(in_process) == started
+
+
+@pytest.mark.parametrize("looks, chosen", [
+    ([0.5, 0.2, 0.1], 1), ([0.5, 0.2, 0.4], 2), ([0.0, 0.3, 0.3], 2), ([0.9, 0.0], 1)])
+def test_best_on_held_out_questions(looks, chosen, tmp_path):
+    """Looks at updates 1, 2, ...: the first of `looks` is the base's, and is no checkpoint."""
+    run, best = tmp_path / "run", tmp_path / "best"
+    for step, greedy in enumerate(looks):
+        (run / "state").mkdir(parents=True, exist_ok=True)
+        with open(run / "evals.jsonl", "a") as log:
+            log.write(json.dumps(dict(step=step, greedy=greedy)) + "\n")
+        real_model.keep_best(run, best)  # logged, not saved yet
+        (run / "model.safetensors").write_text(str(step))
+        for old in (run / "state").iterdir():
+            old.rmdir()
+        if step:
+            (run / "state" / f"step-{step:06d}").mkdir()
+        real_model.keep_best(run, best)
+    assert (best / "model.safetensors").read_text() == str(chosen)
+    assert not (best / "state").exists()
+
+
+def test_a_slice_ends_in_time(tmp_path):
+    """The run in hand is asked to end, looked at once more, and the code says: call again."""
+    waits = tmp_path / "waits.py"
+    waits.write_text("import time\ntime.sleep(60)\n")
+    seen, start = [], time.monotonic()
+    with pytest.raises(SystemExit) as left:
+        real_model.until(start + 1, [waits], lambda: seen.append(1))
+    assert left.value.code == real_model.MORE and time.monotonic() - start < 30 and seen
+
+
+def test_a_failure_is_not_taken_for_an_end(tmp_path):
+    with pytest.raises(SystemExit, match="failed"):
+        real_model.until(time.monotonic() + 60, [tmp_path / "nothing.py"])
