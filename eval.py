@@ -187,8 +187,8 @@ def columns(row: dict) -> dict[str, float | None]:
 
 
 class Estimate(NamedTuple):
-    """A mean over questions and the 95 % interval of the bootstrap over questions (which has no
-    width where all questions agree); None where no question says anything."""
+    """A mean over questions and the 95 % interval of the bootstrap over questions, which has no
+    width where all questions agree. None: no question, or not every resample, says anything."""
 
     mean: float | None
     low: float | None
