@@ -173,7 +173,8 @@ def main() -> None:
         text = table(columns, arms, held, args.runs)
         latro.write(args.out / f"{name}.md", text)
         print(text)
-    latro.write(args.out / "evidence.json", json.dumps([*held.values()], indent=1))
+    record = json.dumps([*held.values()], indent=1).replace(f"{ROOT}/", "")
+    latro.write(args.out / "evidence.json", record)
     draw(args.runs, args.jobs, args.out)
 
 
