@@ -163,16 +163,18 @@ def bound(samples: list[dict]) -> float:
     return float(np.logaddexp.reduce(logs) - math.log(len(logs)))
 
 
-def follows(samples: list[dict], choices: list[str]) -> float | None:
+def follows(samples: list[dict], choices: list[str], numeric: bool) -> float | None:
     """Of the samples that answer, the share whose answer is where their rationale led."""
-    led = [flexible(s["z"], s["said"], choices) for s in samples if s["said"]]
+    said = [(s["z"], canonical(s["said"], numeric)) for s in samples]
+    led = [flexible(z, str(answer), choices) for z, answer in said if answer != ""]
     return float(np.mean(led)) if led else None
 
 
 def columns(row: dict) -> dict[str, float | None]:
     """What one question says of a model, by column of TABLES; None: nothing."""
     samples, gold, choices = row["samples"], row["gold"], options(row["question"])
-    voted = majority([s["said"] for s in samples], numeric=as_number(gold) is not None)
+    numeric = as_number(gold) is not None
+    voted = majority([s["said"] for s in samples], numeric)
     right, known = [s["right"] for s in samples], latro.summary([samples])
     behind = lambda z: row[z]["answer"] + row[z]["end"] if z in row else None
     return {
@@ -182,7 +184,7 @@ def columns(row: dict) -> dict[str, float | None]:
         "log p(y|x+other)": behind("other"), "log p(y|x+z)": known["logp_y"],
         "ELBO": known["elbo"], "bound": bound(samples),
         "z": known["z_len"], "ends": known["finished"], **{part: known[part] for part in PARTS},
-        "reaches": known["reaches"], "follows": follows(samples, choices),
+        "reaches": known["reaches"], "follows": follows(samples, choices, numeric),
         "r ~ right": known["reward_right"], "entropy": known["entropy"], "unique": known["unique"]}
 
 
@@ -222,8 +224,15 @@ def mcnemar(before: list[bool], after: list[bool]) -> tuple[int, int, float]:
 
 
 def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
-    """By row of the table: its estimates, and what they differ by from the first row's."""
+    """By row of the table: its estimates, and what they differ by from the first row's.
+
+    Raises Problem for a log-prob that is no number, which would spoil or shun the means."""
     values = {name: [columns(r) for r in done] for name, done in rows.items()}
+    for name, of in values.items():
+        for i, row in enumerate(of, 1):
+            if broken := [c for c, v in row.items() if v is not None and math.isnan(v)]:
+                raise Problem(f"{name}, question {i}: {broken[0]} is not a number; the model's"
+                              " weights are broken, leave it out or name an earlier checkpoint")
     numbers = {name: np.array([[*v.values()] for v in of], float) for name, of in values.items()}
     first, *_ = rows
     names = [*values[first][0]]

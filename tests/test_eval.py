@@ -127,7 +127,8 @@ def test_columns():
         "greedy": 0, "loose": 1, "T = 1": 2 / 3, "maj@k": 1, "pass@k": 1, "log p(y|x)": -2.5,
         "log p(y|x+gold)": -0.75, "log p(y|x+other)": None, "log p(y|x+z)": -2, "ELBO": -3,
         "bound": math.log((math.exp(-3) + math.exp(-3) + math.exp(-3)) / 3),
-        "z": 4, "ends": 2 / 3, "template": -0.5, "answer": -1.9, "end": -0.1, "reaches": 2 / 3, "follows": 1 / 3, "r ~ right": 3**0.5 / 2,
+        "z": 4, "ends": 2 / 3, "template": -0.5, "answer": -1.9, "end": -0.1,
+        "reaches": 2 / 3, "follows": 1 / 3, "r ~ right": 3**0.5 / 2,
         "entropy": (3 + 5 + 4) / (6 + 8 + 7), "unique": 2 / 3})
 
 
@@ -142,6 +143,23 @@ def test_what_nothing_is_known_of():
     assert of["base"]["follows"] == of["base"]["r ~ right"] == (None, None, None)
     assert of["run"]["follows"].mean == 0.5 and of["run"]["r ~ right"].mean == pytest.approx(1)
     assert "nan" not in grading.markdown(grading.results(rows), 2)
+
+
+def test_an_answer_follows_by_what_it_says():
+    """Numbers as numbers where gold is one; an option where it is a text."""
+    said = [("4 apples.", "2 + 2 = 4."), ("$4.00", "2 + 2 = 4."), ("5", "2 + 2 = 4."), ("", "4"),
+            ("no idea", "2 + 2 = 4.")]
+    samples = [sample(answer, z=z) for answer, z in said]
+    assert grading.follows(samples, [], True) == 2 / 4
+    samples = [sample("Copper.", z="It is not iron but copper."), sample("iron", z="So copper.")]
+    assert grading.follows(samples, ["copper", "iron"], False) == 1 / 2
+
+
+def test_nan_is_not_left_out():
+    rows = dict(base=[record("4", [sample("4")] * 2)] * 3)
+    rows["run"] = [*rows["base"][:2], record("4", [sample("4"), sample("4", logp_y=math.nan)])]
+    with pytest.raises(latro.Problem, match=r"run, question 3: log p\(y\|x\+z\) is not a number"):
+        grading.results(rows)
 
 
 def test_estimates():
