@@ -162,6 +162,10 @@ def main() -> None:
         name, seed = args.one
         return train(name, int(seed), folder(args.runs, name, int(seed)))
     arms, held = {name: ARMS[name] for name in args.arms}, {}
+    for name, arm in arms.items():
+        if not (arm.base / "config.json").exists():
+            raise SystemExit(f"{name}: no model in {arm.base}; make it as {__file__} says at its"
+                             " top, or choose other --arms")
     runs = [(name, seed) for name, arm in arms.items() for seed in range(arm.seeds)]
     in_turn([[sys.executable, __file__, "--runs", args.runs, "--one", *run] for run in runs
              if not (folder(args.runs, *run) / "config.json").exists()], args.jobs)

@@ -83,6 +83,15 @@ def test_evidence(in_process, tmp_path, monkeypatch):
     assert len(in_process) == started + 2  # the two evaluations, which have all replies
 
 
+def test_a_base_that_is_missing(monkeypatch, tmp_path):
+    """It is said before anything is trained."""
+    monkeypatch.setitem(evidence.ARMS, "LaTRO", evidence.Arm(1, base=tmp_path))
+    monkeypatch.setattr(evidence, "in_turn", None)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--arms", "LaTRO"])
+    with pytest.raises(SystemExit, match=f"LaTRO: no model in {tmp_path}"):
+        evidence.main()
+
+
 def gsm8k(folder):
     """The toy's questions in the layout of GSM8K and ARC-Challenge."""
     folder.mkdir()
