@@ -24,7 +24,7 @@ r, A                     reward and leave-one-out advantage of a rationale, nats
 import argparse, dataclasses, json, math, os, resource, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -37,17 +37,14 @@ from tqdm import tqdm
 
 import kernels  # before transformers: see there
 import transformers
-from kernels import (CONFIGS, TASKS, TEMPLATE, Rationale, Scores, Tree, answer_in, conclude,
-                     flexible, gold_rationale, plant, same_answer, sample, score_given,
-                     score_rationales, token_logprobs)
+from kernels import (TASKS, Codec, Example, Problem, Rationale, Scores, Tree, answer_in, brief,
+                     conclude, flexible, gold_rationale, plant, read_rows, same_answer, sample,
+                     score_given, score_rationales, token_logprobs)
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 AttentionInterface.register("latro", kernels.attention)
 transformers.logging.disable_progress_bar()
-
-class Problem(Exception):
-    """Bad input, or a run that cannot go on: one sentence that names the value and the way out."""
 
 def refuse(why: str):
     raise Problem(f"{why}; see --help")
@@ -60,7 +57,7 @@ def flag(default, help: str, choices=None, least=None):
 class Args:
     """The settings of a run. What is None here, and more for the toy, is set by PRESETS."""
     model: str = flag(None, "hub id or directory (default: the toy that ships with this file)")
-    task: str = flag(None, "what is asked", ("gsm8k", "arc_challenge", "toy", "qa"))
+    task: str = flag(None, "what is asked", (*TASKS,))
     data: str = flag(None, "directory with train.jsonl and test.jsonl, or a hub id")
     out: str = flag("out", "directory of the run: a Hugging Face model, logs, state")
     objective: str = flag("latro", "sft: log pi(y|x), with gold z if any", ("latro", "sft"))
@@ -207,79 +204,51 @@ def backward(loss: Tensor) -> None:
     """Adds the gradient of the sum of all processes' losses; FSDP would take their mean."""
     (loss * world_size()).backward()
 
-# ------------------------------------------------------------------------------ 3. tasks
-def read_rows(args: Args, split: str) -> list[tuple[str, dict]]:
-    """(where it stands, row) of {--data}/{split}.jsonl, or of the hub's split; [] without one."""
-    if not Path(args.data).is_dir():
-        import datasets  # only where the hub is asked
-        try:
-            hub = datasets.load_dataset(args.data, CONFIGS.get(args.task))
-        except Exception as e:  # offline, missing, gated: each its own class, one way out
-            raise Problem(f"--data {args.data}: no directory here, nor to be had from the hub"
-                          f" ({brief(e)}); pass a directory with train.jsonl and test.jsonl") from e
-        return [(f"{args.data} {split} {i}", row) for i, row in enumerate(hub.get(split, []))]
-    path, rows = Path(args.data, f"{split}.jsonl"), []
-    for i, line in enumerate(path.open("rb") if path.exists() else [], 1):
-        try:
-            rows.append((f"{path}:{i}", json.loads(line)))
-        except ValueError as e:
-            raise Problem(f"{path}:{i}: not JSON in UTF-8; every line is one object") from e
-    return rows
+# ------------------------------------------------------------------------------ 3. text to ids
+def read_model(args: Args) -> tuple:
+    """Configuration and tokenizer; refuses what is not there, or would get wrong log-probs here."""
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as e:
+        raise Problem(f"--model {args.model}: no model directory here, nor to be had from the hub"
+                      f" ({brief(e)}); pass a directory in Hugging Face's format") from e
+    if odd := kernels.unsupported(config):
+        raise Problem(f"--model {args.model}: {config.model_type} has {', '.join(odd)}, which is"
+                      " not supported; take a Llama, Mistral, Qwen or Phi-3 model")
+    return config, tokenizer
 
-def brief(e: Exception) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+def read_codec(args: Args) -> tuple[Codec, int]:
+    """The codec, and how many tokens --model's context holds."""
+    config, tokenizer = read_model(args)
+    try:
+        eos = transformers.GenerationConfig.from_pretrained(args.model).eos_token_id
+    except OSError:
+        eos = config.eos_token_id
+    eos = [t for t in (*np.atleast_1d(eos).tolist(), tokenizer.eos_token_id) if t is not None]
+    if not eos:
+        raise Problem(f"--model {args.model}: no EOS in its configuration or tokenizer; set one")
+    return Codec(tokenizer, args.task, [*dict.fromkeys(eos)]), kernels.context(config)
 
-class Example(NamedTuple):
-    ask: str; gold: str; x: list[int]; answer: list[int]; z: list[int]
+def encode(codec: Codec, most: int, rows: list[tuple[str, dict]], args: Args) -> list[Example]:
+    """Rows as token ids; refuses one that `most` tokens of context cannot hold."""
+    examples = [codec.example(*r) for r in rows]
+    for (where, _), e in zip(rows, examples):
+        if len(e.x) + max(args.L, len(e.z)) + len(codec.join + e.answer) > most:
+            raise Problem(f"{where}: {len(e.x)} tokens of prompt, --L {args.L} and an answer exceed"
+                          f" the model's context of {most}; lower --L or drop the row")
+    return examples
 
-class Codec:
-    """Text to token ids, once: nothing that was sampled is decoded and tokenised again."""
-
-    def __init__(self, tokenizer, task: str, eos: list[int]):
-        self.tokenizer, self.task, self.eos = tokenizer, task, eos
-        self.chat = bool(tokenizer.chat_template)
-        reply = self.turns("a", "b")[len(self.turns("a")):] if self.chat else []
-        self.turn_end = next((t for t in reply if t in eos), eos[0])
-        self.lead = self.opening(TEMPLATE)  # the template as a reply's first words, and after a z
-        self.join = self.after(".", " " + TEMPLATE)
-        if not (self.lead and self.join):
-            raise Problem(f"this tokenizer does not keep {TEMPLATE!r} apart from what precedes it")
-        found = [self.after(end, gap + TEMPLATE) for end in ".\n" for gap in ("", " ", "\n")]
-        ways = {(*v,) for v in found + [self.lead] if v and tokenizer.unk_token_id not in v}
-        self.stops = sorted(v for v in ways if not any(v != w == v[-len(w):] for w in ways))
-
-    def after(self, before: str, text: str) -> list[int]:
-        """The ids of `text` behind `before`; [] where a token would span both."""
-        head, whole = (self.tokenizer(t, add_special_tokens=False)["input_ids"]
-                       for t in (before, before + text))
-        return whole[len(head):] if whole[:len(head)] == head else []
-
-    def opening(self, text: str) -> list[int]:
-        """The ids of `text` at the start of a reply."""
-        return self.after("", text) if self.chat else self.after(":", " " + text)
-
-    def turns(self, *contents: str) -> list[int]:
-        chat = [dict(role=role, content=c) for role, c in zip(("user", "assistant"), contents)]
-        return self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=len(chat) == 1, return_dict=True)["input_ids"]
-
-    def example(self, where: str, row: dict) -> Example:
-        """Question and gold answer; as ids the prompt, " 18." with end of turn, gold rationale.
-
-        Raises Problem, naming the row, where a field is missing or the answer is empty."""
-        try:
-            ask, gold, z = (text.strip() for text in TASKS[self.task](row))
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise Problem(f"{where}: not a row of --task {self.task} ({brief(e)})") from e
-        if not gold or not self.after(TEMPLATE, f" {gold}"):
-            raise Problem(f"{where}: the answer {gold!r} tokenises to nothing; mend the row")
-        plain = f"Question: {ask}\nAnswer:"
-        x = self.turns(ask) if self.chat else self.tokenizer(plain)["input_ids"]
-        answer = [*self.after(TEMPLATE, f" {gold.removesuffix('.')}."), self.turn_end]
-        return Example(ask, gold, x, answer, self.opening(z) if z else [])
-
-    def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+def prepare(args: Args) -> tuple[Codec, list[Example], list[Example]]:
+    """Codec, training and held-out questions: checks all that needs no weights."""
+    codec, most = read_codec(args)
+    rows, held_out = read_rows(args, "train"), read_rows(args, "validation")
+    if not held_out:  # never the test split: whoever looks at it while training chooses by it
+        some = max(1, len(rows) // 16)
+        rows, held_out = rows[:-some], rows[-some:]
+    if not rows:
+        raise Problem(f"--data {args.data}: needs a train split of 2 rows or more")
+    return codec, *(encode(codec, most, r, args) for r in (rows, held_out[:args.eval_questions]))
 
 # ------------------------------------------------------------------------------ 4. sample and score
 def rollout(policy, codec: Codec, batch: list[Example], slots: list[int], stream: int, args: Args,
@@ -494,51 +463,6 @@ def update(policy, optimizer, step: int, args: Args) -> tuple[float, float]:
     optimizer.step()
     optimizer.zero_grad()
     return norm, lr
-
-def read_model(args: Args) -> tuple:
-    """Configuration and tokenizer; refuses what is not there, or would get wrong log-probs here."""
-    try:
-        config = AutoConfig.from_pretrained(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except (OSError, ValueError) as e:
-        raise Problem(f"--model {args.model}: no model directory here, nor to be had from the hub"
-                      f" ({brief(e)}); pass a directory in Hugging Face's format") from e
-    if odd := kernels.unsupported(config):
-        raise Problem(f"--model {args.model}: {config.model_type} has {', '.join(odd)}, which is"
-                      " not supported; take a Llama, Mistral, Qwen or Phi-3 model")
-    return config, tokenizer
-
-def read_codec(args: Args) -> tuple[Codec, int]:
-    """The codec, and how many tokens --model's context holds."""
-    config, tokenizer = read_model(args)
-    try:
-        eos = transformers.GenerationConfig.from_pretrained(args.model).eos_token_id
-    except OSError:
-        eos = config.eos_token_id
-    eos = [t for t in (*np.atleast_1d(eos).tolist(), tokenizer.eos_token_id) if t is not None]
-    if not eos:
-        raise Problem(f"--model {args.model}: no EOS in its configuration or tokenizer; set one")
-    return Codec(tokenizer, args.task, [*dict.fromkeys(eos)]), kernels.context(config)
-
-def encode(codec: Codec, most: int, rows: list[tuple[str, dict]], args: Args) -> list[Example]:
-    """Rows as token ids; refuses one that `most` tokens of context cannot hold."""
-    examples = [codec.example(*r) for r in rows]
-    for (where, _), e in zip(rows, examples):
-        if len(e.x) + max(args.L, len(e.z)) + len(codec.join + e.answer) > most:
-            raise Problem(f"{where}: {len(e.x)} tokens of prompt, --L {args.L} and an answer exceed"
-                          f" the model's context of {most}; lower --L or drop the row")
-    return examples
-
-def prepare(args: Args) -> tuple[Codec, list[Example], list[Example]]:
-    """Codec, training and held-out questions: checks all that needs no weights."""
-    codec, most = read_codec(args)
-    rows, held_out = read_rows(args, "train"), read_rows(args, "validation")
-    if not held_out:  # never the test split: whoever looks at it while training chooses by it
-        some = max(1, len(rows) // 16)
-        rows, held_out = rows[:-some], rows[-some:]
-    if not rows:
-        raise Problem(f"--data {args.data}: needs a train split of 2 rows or more")
-    return codec, *(encode(codec, most, r, args) for r in (rows, held_out[:args.eval_questions]))
 
 def train(args: Args) -> None:
     """Algorithm 1 of the paper."""

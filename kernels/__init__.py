@@ -21,7 +21,7 @@ from .attention import attention, context, tree_mask, unsupported, window
 from .memory import memory_table
 from .reference import Scores, pick_tokens, score_given, span_sums
 from .sampler import sample
-from .tasks import CONFIGS, TASKS
+from .tasks import TASKS, Codec, Example, Problem, brief, read_rows
 from .tree import Rationale, Tree, conclude, gold_rationale, plant
 
 for module in (utils, utils.import_utils):
