@@ -40,7 +40,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import latro  # before transformers: see there
-from kernels import as_number, canonical, flexible, gold_rationale, majority, same_answer
+from kernels import (as_number, canonical, flexible, gold_rationale, majority, records, same_answer,
+                     summary, write)
 from latro import Example, Problem
 
 RESAMPLES = 10_000
@@ -117,7 +118,7 @@ def evidence(policy, codec, examples: list[Example], some: slice, args) -> list[
         known = dict(direct=[], given=e.z, other=examples[(i + 1) % len(examples)].z)
         known = {name: z for name, z in known.items() if z or name == "direct"}
         group = [gold_rationale(codec, z, e.answer) for z in known.values()]
-        [rows] = latro.records(codec, [e], [group], *latro.score(policy, None, [e], [group], args))
+        [rows] = records(codec, [e], [group], *latro.score(policy, None, [e], [group], args))
         return {name: {part: r[part] for part in PARTS}
                 for name, r in zip(known, rows)}
 
@@ -136,7 +137,7 @@ def replies(name: str, model: str, load, reference, codec, examples: list[Exampl
     dist.barrier()  # all have read before the first one writes
     if latro.is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        latro.write(path, "".join(json.dumps(r) + "\n" for r in [head, *done]))
+        write(path, "".join(json.dumps(r) + "\n" for r in [head, *done]))
     policy = load() if len(done) < len(examples) else None
     bar = tqdm(total=len(examples), initial=len(done), desc=name, disable=not latro.is_first())
     while len(done) < len(examples):
@@ -175,7 +176,7 @@ def columns(row: dict) -> dict[str, float | None]:
     samples, gold, choices = row["samples"], row["gold"], options(row["question"])
     numeric = as_number(gold) is not None
     voted = majority([s["said"] for s in samples], numeric)
-    right, known = [s["right"] for s in samples], latro.summary([samples])
+    right, known = [s["right"] for s in samples], summary([samples])
     behind = lambda z: row[z]["answer"] + row[z]["end"] if z in row else None
     return {
         "greedy": row["right"], "loose": flexible(row["text"], gold, choices),
@@ -378,7 +379,7 @@ def page(what: dict) -> str:
 
 def write_page(path: str, text: str) -> None:
     try:
-        latro.write(Path(path), text)
+        write(Path(path), text)
     except (OSError, ValueError) as e:  # ValueError: no file has such a name
         raise Problem(f"--report {path}: cannot be written ({latro.brief(e)}); name another file"
                       " and run this again: all replies are kept, none is made anew") from e
@@ -528,11 +529,11 @@ def publish(rows: dict[str, list[dict]], flags: argparse.Namespace, args: latro.
     print(*(verdict(name, "base", found[name]) for name in [*rows][1:]), sep="\n")
     held = latro.facts() | dict(command=command, models=named(flags, args.model),
                                 settings=dataclasses.asdict(args), results=found, rows=rows)
-    latro.write(out / "eval.json", json.dumps(held))
-    latro.write(out / "eval.md", markdown(found, flags.k))
+    write(out / "eval.json", json.dumps(held))
+    write(out / "eval.md", markdown(found, flags.k))
     if figures:
         numbers = derive(rows, flags.ckpt, args)
-        latro.write(out / "figures.json", json.dumps(numbers))
+        write(out / "figures.json", json.dumps(numbers))
         figures.draw(numbers, out)
     after, width = groups(rows), shutil.get_terminal_size().columns
     for i in telling(after)[:flags.show]:

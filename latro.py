@@ -23,6 +23,7 @@ r, A                     reward and leave-one-out advantage of a rationale, nats
 
 import argparse, dataclasses, json, math, os, resource, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Iterator
 
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as states
@@ -37,9 +39,10 @@ from tqdm import tqdm
 
 import kernels  # before transformers: see there
 import transformers
-from kernels import (TASKS, Codec, Example, Problem, Rationale, Scores, Tree, answer_in, brief,
-                     conclude, flexible, gold_rationale, plant, read_rows, same_answer, sample,
-                     score_given, score_rationales, token_logprobs)
+from kernels import (TASKS, Alone, Codec, Example, Problem, Rationale, Scores, Tree, answer_in,
+                     brief, changed, checksum, claim, conclude, gold_rationale, plain, plant,
+                     read_rows, records, release, same_answer, sample, score_given,
+                     score_rationales, summary, token_logprobs, write)
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -80,12 +83,16 @@ class Args:
     eval_every: int = flag(100, "updates between evaluations; 0: first and last only", least=0)
     eval_questions: int = flag(200, "held-out questions of an evaluation", least=1)
     save_every: int = flag(100, "updates between checkpoints; 0: at the end only", least=0)
+    keep: int = flag(2, "states to keep: should the last one be damaged", least=1)
     shard: int = flag(0, "processes that share one copy of the weights; 0: all", least=0)
+    timeout: float = flag(30.0, "minutes that processes wait for each other", least=1e-3)
     checkpointing: bool = flag(True, "recompute activations in the backward pass")
     seed: int = flag(0, "of the data order and the samples", least=0)
     resume: bool = flag(False, "go on from the last checkpoint in --out")
     plan: bool = flag(False, "print the memory that training needs, load no weights")
     kernels: str = flag("auto", "the fused operations", kernels.BACKENDS)
+
+FREE = "resume", "out", "micro", "kernels", "keep", "timeout"  # may change while a run goes on
 
 PRESETS = {  # where a task differs from the paper's GSM8K run, which the defaults above are
     "toy": dict(model=str(HERE / "toy/model"), data=str(HERE / "toy"), L=48, lr=3e-4, steps=50,
@@ -109,10 +116,12 @@ def parse(argv: list[str] | None) -> Args:
     if "steps" in given or "epochs" in given:
         preset |= dict(steps=None, epochs=None)
     saved = Path(given.get("out", Args.out), "latro.json")
+    if restarted() and saved.exists():
+        given["resume"] = True
     if given.get("resume") and saved.exists():
         preset = json.loads(saved.read_text())["args"]
         other = [f"--{k.replace('_', '-')} {preset[k]} -> {v}" for k, v in given.items()
-                 if k not in ("resume", "out", "micro", "kernels") and preset[k] != v]
+                 if k not in FREE and preset[k] != v]
         if other:
             raise Problem(f"--resume: {saved.parent} began with other flags: {'; '.join(other)};"
                           " leave them out, or start a new run with another --out")
@@ -147,18 +156,28 @@ def world_size() -> int:
 def is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
+def restarted() -> bool:
+    """Whether torchrun --max-restarts has started this process in the place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
 def say(text: str) -> None:
     print(text, flush=True) if is_first() else None
 
-def connect() -> torch.device:
+def connect(minutes: float = Args.timeout) -> torch.device:
     """Joins torchrun's processes, or makes a group of this one; returns this process's device."""
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone,
+                            timeout=timedelta(minutes=minutes))
     return device
+
+def lost(e: RuntimeError) -> bool:
+    """Whether it says that another process does not answer."""
+    words = "imed out", "timeout", "Connection closed", "Connection reset", "Broken pipe"
+    return isinstance(e, dist.DistError) or any(word in str(e) for word in words)
 
 def share(items: list) -> list:
     """This process's part: every W-th item."""
@@ -208,14 +227,17 @@ def backward(loss: Tensor) -> None:
 def read_model(args: Args) -> tuple:
     """Configuration and tokenizer; refuses what is not there, or would get wrong log-probs here."""
     try:
-        config = AutoConfig.from_pretrained(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise Problem(f"--model {args.model}: no model directory here, nor to be had from the hub"
                       f" ({brief(e)}); pass a directory in Hugging Face's format") from e
     if odd := kernels.unsupported(config):
         raise Problem(f"--model {args.model}: {config.model_type} has {', '.join(odd)}, which is"
                       " not supported; take a Llama, Mistral, Qwen or Phi-3 model")
+    if len(tokenizer) > config.vocab_size:
+        raise Problem(f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, its"
+                      f" embedding {config.vocab_size}; they do not belong together")
     return config, tokenizer
 
 def read_codec(args: Args) -> tuple[Codec, int]:
@@ -263,7 +285,16 @@ def rollout(policy, codec: Codec, batch: list[Example], slots: list[int], stream
 
 def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """--model with this project's attention and log-probs, its parameters in dtype on device."""
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", use_safetensors=True)
+    try:
+        policy, found = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype="auto", use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
+        raise Problem(f"--model {args.model}: its weights cannot be read ({brief(e)}); fetch or"
+                      " save them again, as safetensors") from e
+    if absent := found["missing_keys"]:  # transformers would make them up
+        raise Problem(f"--model {args.model}: its files lack {len(absent)} weights, such as"
+                      f" {min(absent)}; fetch or save them again")
     policy.set_attn_implementation("latro")
     policy.logprobs = logprobs.__get__(policy)
     for m in policy.modules():
@@ -296,38 +327,6 @@ def score(policy, reference, batch: list[Example], groups: list[list[Rationale]]
         logp, logp0, *tree.offsets, K, args.beta, bound=args.bound, reward=args.reward,
         answer_weight=args.answer_weight, penalty=args.truncation_penalty * cut, total=N)
 
-def records(codec: Codec, batch: list[Example], groups: list[list[Rationale]], logp: Tensor,
-            s: Scores) -> list[list[dict]]:
-    """What is known of each rationale: its text z, log-probs in nats, lengths in tokens.
-    template, answer, end: the log-probs of these tokens; reaches: z alone leads to the answer."""
-    sums = {k: v.tolist() for k, v in s._asdict().items() if k != "weights" and v is not None}
-    sums, tokens = iter([dict(zip(sums, row)) for row in zip(*sums.values())]), iter(logp.tolist())
-
-    def row(e: Example, r: Rationale) -> dict:
-        own, n = [next(tokens) for _ in r.actions + r.y], len(e.answer)
-        t = len(r.y) - n or len(r.actions) - r.length  # the template is part of y, or of z's end
-        z = codec.text(r.actions[:r.length])
-        return next(sums) | dict(z=z, z_len=r.length, finished=not r.cut, actions=len(r.actions),
-                                 answers=len(r.y), reaches=flexible(z, e.gold), end=own[-1],
-                                 template=sum(own[-n - t:-n]), answer=sum(own[-n:-1]))
-    return [[row(e, r) for r in group] for e, group in zip(batch, groups)]
-
-def summary(questions: list[list[dict]]) -> dict:
-    """Means over rationales; elbo is E[log pi(y|x+z)] - KL for any beta, None without pi_0.
-    reward_right: the correlation of reward and being right within questions where both vary."""
-    samples = [s for q in questions for s in q]
-    mean = lambda key: float(np.mean([s[key] for s in samples]))
-    kl = mean("logp_z") - mean("logp0_z") if "logp0_z" in samples[0] else None
-    pairs = [np.array([(s["reward"], s.get("right", s["reaches"])) for s in q], float)
-             for q in questions]
-    ties = [np.corrcoef(p.T)[0, 1] for p in pairs if (p.std(0) > 0).all()]
-    return dict(elbo=None if kl is None else mean("logp_y") - kl, logp_y=mean("logp_y"), kl=kl,
-                **{k: mean(k) for k in "reward z_len finished template answer end reaches".split()},
-                reward_std=float(np.mean([np.std([s["reward"] for s in q]) for q in questions])),
-                reward_right=float(np.mean(ties)) if ties else None,
-                unique=float(np.mean([len({s["z"] for s in q}) / len(q) for q in questions])),
-                entropy=-mean("logp_z") / (mean("actions") or 1))  # a token's, by these samples
-
 # ------------------------------------------------------------------------------ 5. evaluation
 @torch.no_grad()
 def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Args,
@@ -354,12 +353,6 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
     return gather(done)
 
 # ------------------------------------------------------------------------------ 6. out/
-def write(path: Path, text: str) -> None:
-    """Replaces a file as a whole or not at all."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
-    os.replace(fresh, path)
-
 def log(args: Args, name: str, row: dict) -> None:
     """Appends a row in one write."""
     if is_first():
@@ -380,29 +373,48 @@ def facts() -> dict:
         cores=os.cpu_count(), processes=world_size())
 
 def open_run(args: Args) -> None:
-    """Makes --out and notes there what the run was asked to do."""
+    """Makes --out, locks it, and notes there what the run was asked to do."""
     out = Path(args.out)
     dist.barrier()
-    if is_first() and not (out / "latro.json").exists():
+    if is_first():
         (out / "state").mkdir(parents=True, exist_ok=True)
+    if not gather([is_first() and claim(out / "state" / "lock")])[0]:
+        raise Problem(f"--out {out}: another run that is still alive writes there; stop that one,"
+                      " or choose another name")
+    if is_first() and not (out / "latro.json").exists():
         note = dict(args=dataclasses.asdict(args) | dict(resume=False), base=args.model) | facts()
         write(out / "latro.json", json.dumps(note, indent=2))
     dist.barrier()
 
 def save(args: Args, policy, optimizer, tokenizer, step: int) -> None:
-    """Model and state, each whole before it gets its name; the state last, then older ones go."""
+    """Model and state into --out, or a Problem that costs neither those before nor room."""
+    try:
+        save_whole(args, policy, optimizer, tokenizer, step)
+    except (dcp.CheckpointException, OSError, SafetensorError) as e:
+        cause = next(iter(e.failures.values()))[0] if isinstance(e, dcp.CheckpointException) else e
+        free = shutil.disk_usage(args.out).free / 1e9
+        raise Problem(f"update {step} cannot be saved to {args.out} ({brief(cause)}; {free:.1f} GB"
+                      " are free): make room, then --resume from its last state") from e
+    finally:
+        for half in ("incomplete", "export") if is_first() else ():
+            shutil.rmtree(Path(args.out, "state", half), ignore_errors=True)
+
+def save_whole(args: Args, policy, optimizer, tokenizer, step: int) -> None:
+    """Each file whole before it gets its name; the state last, then older ones go."""
     kept, fresh = Path(args.out, "state"), Path(args.out, "state", "incomplete")
     if is_first():
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
     dist.barrier()
     model, moments = states.get_state_dict(policy, optimizer)
     dcp.save(dict(model=model, optimizer=moments), checkpoint_id=fresh)
+    sums = gather([{f.name: checksum(f) for f in share(sorted(fresh.iterdir()))}])
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole = states.get_model_state_dict(policy, options=options)
     if is_first():
         export(args, policy, whole, tokenizer)
+        write(fresh / "sums.json", json.dumps({k: v for own in sums for k, v in own.items()}))
         os.replace(fresh, kept / f"step-{step:06d}")
-        for old in sorted(kept.glob("step-*"))[:-1]:
+        for old in sorted(kept.glob("step-*"))[:-args.keep]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -420,13 +432,37 @@ def export(args: Args, policy, weights: dict[str, Tensor], tokenizer) -> None:
     for f in sorted(fresh.iterdir()):
         os.replace(f, Path(args.out, f.name))
 
+def damage(state: Path) -> list[str]:
+    """What is wrong with the files of a state; each process looks at some. Raises Problem for what
+    no run has written: a pickle that would run code."""
+    try:
+        sums = json.loads((state / "sums.json").read_text())
+        found = gather([changed(state, dict(share([*sums.items()])))])
+        return [wrong for part in found for wrong in part] or plain(state / ".metadata")
+    except (OSError, ValueError) as e:
+        return [f"{state / 'sums.json'} cannot be read ({brief(e)})"]
+
+def last_state(args: Args) -> Path | None:
+    """The newest state that is whole, None where none was saved; damaged ones are put aside."""
+    found = sorted(Path(args.out, "state").glob("step-*"))
+    for state in reversed(found):
+        if not (wrong := damage(state)):
+            return state
+        say(f"{wrong[0]}: going back from {state.name}")
+        dist.barrier()  # all have read it
+        if is_first():
+            os.replace(state, state.with_name(f"damaged-{time.time_ns()}-{state.name}"))
+    if found:
+        raise Problem(f"--out {args.out}: no state in it is whole; the model in it is that of the"
+                      f" last one: begin anew with --model {args.out} and another --out")
+
 def restore(args: Args, policy, optimizer) -> int:
-    """Loads the last complete state, cuts the logs back to it; returns its step, 0 without one."""
-    kept, step = sorted(Path(args.out, "state").glob("step-*")), 0
+    """Loads the last whole state, cuts the logs back to it; returns its step, 0 without one."""
+    kept, step = last_state(args), 0
     if kept:
-        step = int(kept[-1].name.removeprefix("step-"))
+        step = int(kept.name.removeprefix("step-"))
         model, moments = states.get_state_dict(policy, optimizer)
-        dcp.load(dict(model=model, optimizer=moments), checkpoint_id=kept[-1])
+        dcp.load(dict(model=model, optimizer=moments), checkpoint_id=kept)
         states.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
     for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl") if is_first() else ():
         rows = [r for r in read_log(args, name) if r["step"] <= step] if kept else []
@@ -434,10 +470,17 @@ def restore(args: Args, policy, optimizer) -> int:
     return step
 
 # ------------------------------------------------------------------------------ 7. training
+LOWER = dict(sample="--K, --L or --questions", score="--micro, --K or --L",
+             backward="--micro, --K or --L", step="--shard, or take more GPUs")
+
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
-    yield
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise Alone(f"out of GPU memory in {phase}, {peak_memory():.1f} GB at the peak: lower"
+                    f" {LOWER[phase]} ({brief(e)}); --out keeps its last checkpoint") from e
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds[phase] += time.perf_counter() - start
@@ -449,13 +492,23 @@ def draw_batch(examples: list[Example], step: int, args: Args) -> tuple[list[int
     order = {e: np.random.default_rng((args.seed, e)).permutation(n) for e, _ in places}
     return slots, [examples[order[e][i]] for e, i in places]
 
+def require_numbers(batch: list[Example], rows: list[list[dict]], step: int, args: Args) -> None:
+    """Stops all processes where a log-prob is not finite, naming the questions."""
+    odd = [e.where for e, group in zip(batch, rows)
+           if not all(math.isfinite(s["logp_z"] + s["logp_y"]) for s in group)]
+    if odd := [where for part in gather([odd]) for where in part]:
+        raise Problem(f"update {step + 1}: log-probs are not finite for {', '.join(odd[:5])};"
+                      f" {args.out} keeps its last state; {STEADIER}")
+
+STEADIER = "try a lower --lr, a higher --beta, or another --seed"
+
 def update(policy, optimizer, step: int, args: Args) -> tuple[float, float]:
     """One step of AdamW on clipped gradients; returns the norm before clipping, and the rate."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not math.isfinite(norm):
         raise Problem(f"update {step + 1}: the gradient is {norm}; {args.out} keeps its last state;"
-                      " try a lower --lr, a higher --beta, or another --seed")
+                      f" {STEADIER}")
     left, fall = args.steps - step, max(1, args.steps - args.warmup)
     lr = args.lr * min(1.0, (step + 1) / (args.warmup + 1), left / fall)
     for group in optimizer.param_groups:
@@ -466,7 +519,7 @@ def update(policy, optimizer, step: int, args: Args) -> tuple[float, float]:
 
 def train(args: Args) -> None:
     """Algorithm 1 of the paper."""
-    device, stopping = connect(), []
+    device, stopping = connect(args.timeout), []
     for number in (signal.SIGTERM, signal.SIGINT):  # once: finish the update; twice: leave at once
         signal.signal(number, lambda n, _: (stopping.append(n), signal.signal(n, signal.SIG_DFL)))
     kernels.use(args.kernels, Problem)
@@ -497,6 +550,7 @@ def train(args: Args) -> None:
             with timed(seconds, "backward"):
                 backward(-(s.weights * logp).sum())
             rows += records(codec, x, z, logp.detach(), s)
+        require_numbers(batch, rows, step, args)
         with timed(seconds, "step"):
             norm, lr = update(policy, optimizer, step, args)
         step += 1
@@ -527,9 +581,13 @@ def look(step: int, policy, reference, codec: Codec, held_out: list[Example], ar
 def speed(rows: list[list[dict]], seconds: dict[str, float]) -> dict:
     """What an update cost: seconds by phase, scored tokens a second, GB at the peak so far."""
     tokens = sum(r["actions"] + r["answers"] for group in rows for r in group)
-    memory = (torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available()
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
-    return dict(seconds=seconds, tokens_per_s=tokens / sum(seconds.values()), peak_mem_gb=memory)
+    return dict(seconds=seconds, tokens_per_s=tokens / sum(seconds.values()),
+                peak_mem_gb=peak_memory())
+
+def peak_memory() -> float:
+    """GB, so far."""
+    return (torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 
 SHOWN = ("elbo", "ELBO"), ("logp_y", "log p(y|x+z)"), ("kl", "KL"), ("z_len", "length")
 
@@ -549,12 +607,17 @@ def guarded(program: str, work, lower: str, kept: str) -> int:
         work()
         return 0
     except Problem as e:
-        why = e if is_first() else None
+        why = e if is_first() or isinstance(e, Alone) else None
     except torch.OutOfMemoryError as e:
         why = f"out of GPU memory: lower {lower} ({brief(e)})"
     except OSError as e:
         why = f"{brief(e)}; {kept}"
+    except RuntimeError as e:
+        if not lost(e):
+            raise
+        why = f"another process has died, or hung for longer than --timeout ({brief(e)}); {kept}"
     finally:
+        release()
         if dist.is_initialized():
             dist.destroy_process_group()
     if why:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import eval as grading  # noqa: E402
+import kernels  # noqa: E402
 import latro  # noqa: E402
 
 BASE, SECOND = ROOT / "toy/model", Path("runs/second/model")
@@ -175,10 +176,10 @@ def main() -> None:
                            base, "--L", 48, "--questions", args.questions, "--ckpt", *own)
     for name, columns in TABLES.items():
         text = table(columns, arms, held, args.runs)
-        latro.write(args.out / f"{name}.md", text)
+        kernels.write(args.out / f"{name}.md", text)
         print(text)
     record = json.dumps([*held.values()], indent=1).replace(f"{ROOT}/", "")
-    latro.write(args.out / "evidence.json", record)
+    kernels.write(args.out / "evidence.json", record)
     draw(args.runs, args.jobs, args.out)
 
 

@@ -18,10 +18,12 @@ from . import reference
 from .answers import (TEMPLATE, answer_in, as_number, canonical, flexible, majority, same_answer,
                       strict)
 from .attention import attention, context, tree_mask, unsupported, window
+from .files import changed, checksum, claim, plain, release, write
 from .memory import memory_table
+from .records import records, summary
 from .reference import Scores, pick_tokens, score_given, span_sums
 from .sampler import sample
-from .tasks import TASKS, Codec, Example, Problem, brief, read_rows
+from .tasks import TASKS, Alone, Codec, Example, Problem, brief, read_rows
 from .tree import Rationale, Tree, conclude, gold_rationale, plant
 
 for module in (utils, utils.import_utils):

@@ -17,6 +17,10 @@ class Problem(Exception):
     """Bad input, or a run that cannot go on: one sentence that names the value and the way out."""
 
 
+class Alone(Problem):
+    """Trouble of one process of many: it speaks for itself, where else the first speaks for all."""
+
+
 def brief(e: Exception) -> str:
     return f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
 
@@ -54,8 +58,18 @@ def read_rows(args, split: str) -> list[tuple[str, dict]]:
     for i, line in enumerate(path.open("rb") if path.exists() else [], 1):
         try:
             rows.append((f"{path}:{i}", json.loads(line)))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise Problem(f"{path}:{i}: not JSON in UTF-8; every line is one object") from e
+    return unrepeated(rows)
+
+
+def unrepeated(rows: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """The rows; raises Problem where two have the same "id": one file went in twice."""
+    seen = {}
+    for where, row in rows:
+        name = repr(row["id"]) if isinstance(row, dict) and "id" in row else where
+        if (first := seen.setdefault(name, where)) != where:
+            raise Problem(f"{where}: the id {name} stands already at {first}; leave one of them out")
     return rows
 
 
@@ -67,6 +81,7 @@ class Example(NamedTuple):
     x: list[int]
     answer: list[int]
     z: list[int]
+    where: str = ""
 
 
 class Codec:
@@ -106,6 +121,7 @@ class Codec:
         Raises Problem, naming the row, where a field is missing or the answer is empty."""
         try:
             ask, gold, z = (text.strip() for text in TASKS[self.task](row))
+            (ask + gold + z).encode()  # half a surrogate pair is JSON, but no text
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise Problem(f"{where}: not a row of --task {self.task} ({brief(e)})") from e
         if not gold or not self.after(TEMPLATE, f" {gold}"):
@@ -113,7 +129,7 @@ class Codec:
         plain = f"Question: {ask}\nAnswer:"
         x = self.turns(ask) if self.chat else self.tokenizer(plain)["input_ids"]
         answer = [*self.after(TEMPLATE, f" {gold.removesuffix('.')}."), self.turn_end]
-        return Example(ask, gold, x, answer, self.opening(z) if z else [])
+        return Example(ask, gold, x, answer, self.opening(z) if z else [], where)
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -122,6 +122,12 @@ ROW = '{"question": "a", "answer": "1"}\n'
     (ROW + '{"question": "a", "answer": ""}\n', ["train.jsonl:2", "answer"]),
     ('{"question": "a", "answer": "  "}\n' + ROW, ["train.jsonl:1", "answer"]),
     (b'{"question": "caf\xe9", "answer": "1"}\n' * 2, ["train.jsonl", "UTF-8"]),
+    (ROW + "[" * 100_000 + "\n", ["train.jsonl:2", "JSON"]),
+    (ROW.replace("{", '{"id": 7, ') * 2, ["train.jsonl:2", "id 7", "train.jsonl:1"]),
+    (ROW + ROW.replace('"a"', '"\\ud800"'), ["train.jsonl:2", "row"]),
+    (ROW + ROW.replace("1", "\\ud800"), ["train.jsonl:2"]),
+    (ROW + '{"question": "a", "answer": "1", "rationale": 5}\n', ["train.jsonl:2"]),
+    (ROW + "null\n", ["train.jsonl:2", "row"]), (ROW + "\n" + ROW, ["train.jsonl:2", "JSON"]),
 ])  # fmt: skip
 def test_train_jsonl(text, words, refusal):
     path = Path("data", "train.jsonl")
@@ -258,7 +264,8 @@ def test_weights_that_are_not_finite(refusal):
     weights = load_file("model/model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, "model/model.safetensors", {"format": "pt"})
-    says(refusal(*TINY, "--model", "model", "--task", "toy", "--steps", 1), "nan")
+    line = refusal(*TINY, "--model", "model", "--task", "toy", "--steps", 1)
+    says(line, "update 1", "not finite", "train.jsonl:")
     assert not Path("out", "model.safetensors").exists()
 
 

@@ -2,7 +2,8 @@
 ids are those that the tokenizer itself writes: one BOS, whole templates, no guess from an id."""
 
 import json
-from pathlib import Path
+from copy import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,3 +264,42 @@ def test_a_period_and_a_newline_in_one_token():
         assert any(ids[-len(s):] == list(s) for s in codec.stops), before
     assert tokenizer.decode(tokenizer("It is 3.\n")["input_ids"][-1:]) == ".\n"
     assert tokenizer.decode(codec.join) == " The answer is"
+
+
+def test_any_bytes_and_any_json(toy, tmp_path):
+    """A file of anything gives rows or a Problem; a row of anything an example or a Problem."""
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+    text = st.text() | st.sampled_from(["question", "answer", "####", "#### 7", "\ud800", "A"])
+    leaf = st.none() | st.booleans() | st.integers() | st.floats() | text
+    anything = st.recursive(leaf, lambda inner: st.lists(inner, max_size=4)
+                            | st.dictionaries(text, inner, max_size=4), max_leaves=8)
+    named = st.fixed_dictionaries({}, optional=dict.fromkeys(
+        ("question", "answer", "rationale", "choices", "answerKey", "id"), anything))
+    choices = st.fixed_dictionaries(dict(text=st.lists(text, max_size=3),
+                                         label=st.lists(text, max_size=3)))
+    arc = st.fixed_dictionaries(dict(question=text, choices=choices, answerKey=text))
+    path, quick = tmp_path / "train.jsonl", hypothesis.settings(max_examples=300, deadline=None)
+
+    @quick
+    @hypothesis.given(st.lists(st.binary() | anything.map(lambda v: json.dumps(v).encode())))
+    def reads(lines):
+        path.write_bytes(b"\n".join(lines))
+        try:
+            rows = latro.read_rows(SimpleNamespace(data=str(tmp_path), task="qa"), "train")
+            assert all(where.startswith(f"{path}:") for where, _ in rows)
+        except latro.Problem as e:
+            assert str(e).startswith(f"{path}:")
+
+    @quick
+    @hypothesis.given(anything | named | arc, st.sampled_from([*latro.TASKS]))
+    def understands(row, task):
+        codec = copy(toy)
+        codec.task = task
+        try:
+            e = codec.example("here:1", row)
+            assert e.gold.strip() and e.answer[-1] == codec.turn_end and e.where == "here:1"
+        except latro.Problem as e:
+            assert str(e).startswith("here:1: ")
+    reads()
+    understands()
