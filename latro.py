@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import kernels  # before transformers: see there
@@ -156,9 +157,9 @@ def world_size() -> int:
 def is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
-def restarted() -> bool:
-    """Whether torchrun --max-restarts has started this process in the place of one that died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def restarted() -> int:
+    """How often torchrun --max-restarts has started all processes anew, because one had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 def say(text: str) -> None:
     print(text, flush=True) if is_first() else None
@@ -169,9 +170,12 @@ def connect(minutes: float = Args.timeout) -> torch.device:
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone,
-                            timeout=timedelta(minutes=minutes))
+    store, wait = dist.HashStore(), timedelta(minutes=minutes)
+    if "RANK" in os.environ:  # apart from what processes that died have left in torchrun's store
+        store, *_ = next(rendezvous("env://", timeout=wait))
+        store = dist.PrefixStore(f"start {restarted()}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, timeout=wait,
+                            rank=int(os.environ.get("RANK", 0)), world_size=world_size())
     return device
 
 def lost(e: RuntimeError) -> bool:
