@@ -476,6 +476,7 @@ def restore(args: Args, policy, optimizer) -> int:
 # ------------------------------------------------------------------------------ 7. training
 LOWER = dict(sample="--K, --L or --questions", score="--micro, --K or --L",
              backward="--micro, --K or --L", step="--shard, or take more GPUs")
+STEADIER = "try a lower --lr, a higher --beta, or another --seed"
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
@@ -503,8 +504,6 @@ def require_numbers(batch: list[Example], rows: list[list[dict]], step: int, arg
     if odd := [where for part in gather([odd]) for where in part]:
         raise Problem(f"update {step + 1}: log-probs are not finite for {', '.join(odd[:5])};"
                       f" {args.out} keeps its last state; {STEADIER}")
-
-STEADIER = "try a lower --lr, a higher --beta, or another --seed"
 
 def update(policy, optimizer, step: int, args: Args) -> tuple[float, float]:
     """One step of AdamW on clipped gradients; returns the norm before clipping, and the rate."""

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import contextmanager
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,6 +81,20 @@ def begin(*command):
     hidden = {} if torch.cuda.is_available() else {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | hidden,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def under_way(out):
+    """A long run as a process of its own, from its first logged update on; killed at the end."""
+    run = begin(ROOT / "latro.py", *TINY, "--steps", 5000, "--out", out)
+    try:
+        for _ in range(600):
+            if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
+                break
+            time.sleep(0.1)
+        yield run
+    finally:
+        run.kill()
 
 
 def launch(*flags, processes=1, script=ROOT / "latro.py"):

@@ -32,7 +32,8 @@ def look(pids: list[int], out: Path) -> dict[str, float]:
     pages = [int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids]
     states = [f.stat().st_size for f in (out / "state").rglob("*") if f.is_file()]
     metrics = out / "metrics.jsonl"
-    return dict(resident_mb=sum(pages) * PAGE / 1e6, whole=len(pids) and all(pages), disk_mb=sum(states) / 1e6,
+    return dict(resident_mb=sum(pages) * PAGE / 1e6, disk_mb=sum(states) / 1e6,
+                whole=len(pids) and all(pages),
                 files=sum(len(os.listdir(f"/proc/{p}/fd")) for p in pids),
                 updates=metrics.read_bytes().count(b"\n") if metrics.exists() else 0)
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import ROOT, TINY, TOY, begin, contents, launch, rows, start, untimed
+from conftest import ROOT, TINY, TOY, begin, contents, launch, rows, start, under_way, untimed
 
 import kernels  # after conftest, which knows where it is: this file is also a script
 import latro
@@ -177,20 +177,14 @@ def test_dotted_names_reach_nothing():
 
 def test_out_of_a_run_that_is_alive(tmp_path):
     out = tmp_path / "out"
-    run = begin(ROOT / "latro.py", *TINY, "--steps", 5000, "--out", out)
-    try:
-        for _ in range(600):
-            if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
-                break
-            time.sleep(0.1)
+    with under_way(out) as run:
         code, _, errors = launch("--resume", "--out", out)
         assert code == 1 and f"--out {out}" in errors and "still alive" in errors
-        run.kill()  # its lock goes with it
-        run.wait(60)
+    run.wait(60)  # killed: its lock goes with it
+    try:
         assert kernels.claim(out / "state/lock")
     finally:
         kernels.release()
-        run.kill()
 
 
 def test_lock_is_given_back(out):

@@ -1,5 +1,5 @@
-"""kill -9 at fifty random instants: nothing that was complete is lost, and the run that goes on after
-each of them is, bit by bit, the run that nobody disturbed."""
+"""kill -9 at fifty random instants: nothing that was complete is lost, and the run that goes on
+after each of them is, bit by bit, the run that nobody disturbed."""
 
 import multiprocessing
 import os

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from transformers.utils import import_utils
 
 import latro
 from conftest import (
-    HELD, ROOT, TINY, TOY, begin, contents, launch, rows, start, untimed, write_rows)
+    HELD, ROOT, TINY, TOY, contents, launch, rows, start, under_way, untimed, write_rows)
 
 CONTRACT = set("""step epoch elbo logp_y kl reward reward_std z_len finished grad_norm lr seconds
                   tokens_per_s peak_mem_gb""".split())
@@ -409,16 +408,9 @@ def test_kill_while_saving_loses_nothing(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_finishes_the_update_and_says_how_to_go_on(number, tmp_path):
     out = tmp_path / "out"
-    run = begin(ROOT / "latro.py", *TINY, "--steps", 5000, "--out", out)
-    try:
-        for _ in range(600):
-            if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
-                break
-            time.sleep(0.1)
+    with under_way(out) as run:
         run.send_signal(number)
         printed, errors = run.communicate(timeout=60)
-    finally:
-        run.kill()
     assert run.returncode == 0, errors
     assert f"--resume --out {out}" in printed
     last = rows(out)[-1]["step"]
