@@ -90,7 +90,7 @@ class Args:
     checkpointing: bool = flag(True, "recompute activations in the backward pass")
     seed: int = flag(0, "of the data order and the samples", least=0)
     resume: bool = flag(False, "go on from the last checkpoint in --out")
-    plan: bool = flag(False, "print the memory that training needs, load no weights")
+    plan: int = flag(0, "GPUs to plan for: print what a run on them needs, and end", least=0)
     kernels: str = flag("auto", "the fused operations", kernels.BACKENDS)
 
 FREE = "resume", "out", "micro", "kernels", "keep", "timeout"  # may change while a run goes on
@@ -113,7 +113,8 @@ def parse(argv: list[str] | None) -> Args:
     parser.error = refuse
     given = vars(parser.parse_args(argv))
     task = given.get("task") or ("gsm8k" if "model" in given else "toy")
-    preset = dict(task=task, questions=3 * world_size()) | PRESETS.get(task, {})
+    processes = given.get("plan") or world_size()
+    preset = dict(task=task, questions=3 * processes) | PRESETS.get(task, {})
     if "steps" in given or "epochs" in given:
         preset |= dict(steps=None, epochs=None)
     saved = Path(given.get("out", Args.out), "latro.json")
@@ -145,7 +146,7 @@ def check(args: Args) -> Args:
     if taken and not args.plan:
         what = "holds a run: --resume, or" if run else "holds a model, or is a file:"
         raise Problem(f"--out {out} {what} choose another name")
-    if args.questions % (W := world_size()) or args.shard and W % args.shard:
+    if args.questions % (W := args.plan or world_size()) or args.shard and W % args.shard:
         raise Problem(f"{W} processes: --questions {args.questions} must be a multiple of {W}, and"
                       f" --shard {args.shard} divide it")
     return args
@@ -196,7 +197,8 @@ def gather(mine: list) -> list:
 def distribute(model: nn.Module, device: torch.device, dtype: torch.dtype, group: int) -> nn.Module:
     """Moves the model to its device as dtype; FSDP2 splits each block over `group` processes.
 
-    On CUDA it computes in bfloat16 and reduces in float32; one CPU process has nothing to split."""
+    On CUDA it computes in bfloat16 and reduces in float32. One process has nothing to split: only
+    weights that it computes with in another dtype."""
     cuda, W = device.type == "cuda", world_size()
     sizes = (W // group, group) if 0 < group < W else (W,)
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard")[-len(sizes):])
@@ -205,7 +207,7 @@ def distribute(model: nn.Module, device: torch.device, dtype: torch.dtype, group
         for p in block.parameters():
             p.data = p.data.to(device, dtype)  # not the buffers: RoPE's frequencies stay float32
         block.to(device)
-        if cuda or W > 1:
+        if W > 1 or cuda and dtype == torch.float32:
             fsdp.fully_shard(block, mesh=mesh, mp_policy=mixed)
     fsdp.register_fsdp_forward_method(model, "logprobs")
     return model
@@ -629,7 +631,7 @@ def guarded(program: str, work, lower: str, kept: str) -> int:
 
 def begin(args: Args) -> None:
     if args.plan:
-        return say(kernels.memory_table(read_model(args)[0], args, args.questions // world_size()))
+        return say(kernels.plan(read_model(args)[0], args, args.plan))
     train(args)
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from .answers import (TEMPLATE, answer_in, as_number, canonical, flexible, major
                       strict)
 from .attention import attention, context, tree_mask, unsupported, window
 from .files import changed, checksum, claim, plain, release, write
-from .memory import memory_table
+from .planner import plan
 from .records import records, summary
 from .reference import Scores, pick_tokens, score_given, span_sums
 from .sampler import sample

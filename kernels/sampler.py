@@ -65,9 +65,11 @@ class Decoder:
         self.forward(token[:, None], position[:, None], seen[:, None, None])
 
     def select(self, rows: Tensor) -> None:
-        """Keeps, repeats or drops rows, given as indices or a mask: a copy of the cache."""
+        """Keeps, repeats or drops rows, given as indices or a mask: a copy of the cache, made a
+        layer at a time, so that there are never two of all."""
         self.real, self.length, self.logits = self.real[rows], self.length[rows], self.logits[rows]
-        self.cache.kv = {layer: [t[rows] for t in kv] for layer, kv in self.cache.kv.items()}
+        for layer, kv in self.cache.kv.items():
+            self.cache.kv[layer] = [t[rows] for t in kv]
 
 
 @torch.no_grad()

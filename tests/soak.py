@@ -27,13 +27,13 @@ def workers(parent: int) -> list[int]:
 
 
 def look(pids: list[int], out: Path) -> dict[str, float]:
-    """Resident MB and open files of all workers, whether all are alive, MB of the run's states,
-    updates so far."""
+    """How many workers are alive, their resident MB and open files, MB of the run's states, updates
+    so far."""
     pages = [int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids]
     states = [f.stat().st_size for f in (out / "state").rglob("*") if f.is_file()]
     metrics = out / "metrics.jsonl"
     return dict(resident_mb=sum(pages) * PAGE / 1e6, disk_mb=sum(states) / 1e6,
-                whole=len(pids) and all(pages),
+                workers=sum(map(bool, pages)),
                 files=sum(len(os.listdir(f"/proc/{p}/fd")) for p in pids),
                 updates=metrics.read_bytes().count(b"\n") if metrics.exists() else 0)
 
@@ -57,7 +57,7 @@ def watch(out: Path, steps: int, processes: int) -> list[dict[str, float]]:
             now = look(workers(job.pid), out)
         except FileNotFoundError:  # a process or a state ended under our eyes
             continue
-        if now["updates"] and now["whole"]:
+        if now["updates"] and now["workers"] == processes:
             seen.append(now | dict(seconds=time.monotonic()))
         time.sleep(0.5)
     if job.returncode:

@@ -163,7 +163,7 @@ def test_longer_than_the_context(refusal):
 
 @pytest.mark.parametrize("model", ["nobody/nothing", "./nowhere"])
 def test_model_that_is_not_there(model, refusal):
-    for flags in ([], ["--plan"]):
+    for flags in ([], ["--plan", 1]):
         says(refusal(*FLAGS, "--model", model, *flags), f"--model {model}", "directory")
         assert not Path("out").exists()
 
@@ -177,7 +177,7 @@ def test_unsupported_architecture(config, word, refusal):
     """Refused by its configuration alone: its weights are not even there."""
     AutoTokenizer.from_pretrained(TOY).save_pretrained("model")
     config.save_pretrained("model")
-    for flags in ([], ["--plan"]):
+    for flags in ([], ["--plan", 1]):
         says(refusal(*FLAGS, "--model", "model", *flags), "--model model", word, "Llama")
         assert not Path("out").exists()
 

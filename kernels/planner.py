@@ -1,0 +1,130 @@
+"""What a run needs, from the shapes of a model alone: memory at each moment, arithmetic, seconds.
+
+On each of W GPUs: weights, gradients and Adam's moments in float32, their rows split over `group`
+GPUs; bfloat16 for what computes, gathered a block at a time, or all at once in order to sample.
+
+    sample     the policy gathered, the cache, logits while tokens are drawn
+    head       the backward pass of the log-probs: all that was kept is still there
+    layer      that of the last block, computed once more beside what the others keep
+    reduce     the end of the backward pass: whole gradients of embedding and head, in float32
+    evaluate   as sample, with the reference gathered as well
+
+Weights, gradients, Adam, reference and cache are exact; activations and log-probs are what each
+operation keeps for its gradient. Not counted: CUDA's context, NCCL's buffers, the allocator's gaps.
+A card holds some 6 % more than its name says, which must do for these.
+"""
+
+import torch
+
+CARDS = 16, 24, 40, 48, 80, 96, 141, 192  # GB
+FLOPS, BANDWIDTH, SHARE = 989e12, 3.35e12, 0.4  # an H100's, bfloat16; the share of both assumed
+DZ = 2**28  # DZ_BYTES of token_logprob.py, which cannot be imported without Triton
+
+
+class Shape:
+    """Sizes of a model and of a run on W GPUs, in numbers (not bytes).
+
+    x, y: tokens of a prompt, and of an answer with its template."""
+
+    def __init__(self, config, args, W: int, x: int = 256, y: int = 16):
+        from transformers import AutoModelForCausalLM  # may be loading when this file is imported
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        self.parameters, block = [*model.parameters()], model.model.layers[0]
+        self.n, self.block = (sum(p.numel() for p in m.parameters()) for m in (model, block))
+        self.V, self.D = model.get_output_embeddings().weight.shape
+        self.mlp, self.layers = config.intermediate_size, config.num_hidden_layers
+        self.root = self.n - self.layers * self.block  # embedding, head, last norm
+        self.width = getattr(config, "head_dim", None) or self.D // config.num_attention_heads
+        self.H, self.G = (self.width * heads for heads in (  # of all queries, of all keys
+            config.num_attention_heads, config.num_key_value_heads))
+        self.normed = self.H + self.G if hasattr(block.self_attn, "q_norm") else 0
+        self.W, self.group, self.questions = W, args.shard or W, args.questions // W
+        self.micro, self.rows = min(args.micro, self.questions), self.questions * args.K
+        self.K = args.K if args.objective == "latro" else 1  # of an update's tree
+        self.x, self.y, self.L, self.T = x, y, args.L, self.K * (args.L + y)
+        self.S = x + self.T - self.K  # the last token of y predicts nothing
+        self.reference = args.objective == "latro" and args.beta > 0
+        self.checkpointing = args.checkpointing
+
+    def held(self) -> int:
+        """Parameters that a GPU keeps: FSDP2 gives each an equal number of rows, rounded up."""
+        return sum(-(-len(p) // self.group) * p[0].numel() for p in self.parameters)
+
+    def block_bytes(self, e: int) -> int:
+        """What the gradient of a block needs of a tree; e: bytes of a number.
+
+        A norm keeps its input in float32, it normalised, and what it returns; attention q, k, v, its
+        output, and the mask as numbers; the MLP gate, its SiLU, up, and their product."""
+        norms = 2 * self.D * (4 + 2 * e) + self.normed * (4 + e)
+        return self.S * (norms + e * (4 * self.H + self.S + 4 * self.mlp))
+
+    def cache(self, tokens: float, e: int = 2) -> float:
+        """Bytes of the keys and values of all rows of a rollout, of so many tokens each."""
+        return self.rows * tokens * self.layers * 2 * self.G * e
+
+
+def moments(s: Shape, e: int = 2) -> dict[str, dict[str, float]]:
+    """Bytes on a GPU at the moments that can be its peak, by what holds them; e: bytes of a number
+    that is computed with."""
+    both = 2 if s.reference and s.W > 1 else 1  # the reference is gathered too, if it is split
+    rest = dict(weights=4 * s.held(), Adam=8 * s.held() + 4 * len(s.parameters))
+    rest |= dict(reference=e * s.held()) if s.reference else {}
+
+    def rollout(gathered: int, tokens: int) -> dict[str, float]:
+        more = 1 + 1 / s.layers  # rows that end are dropped from one layer after the other
+        return rest | dict(gathered=e * gathered, cache=s.cache(tokens, e) * more,
+                           logits=s.rows * s.V * (e + 20))  # float64 to draw from, twice
+    kept = s.layers * (e * s.S * s.D if s.checkpointing else s.block_bytes(e))
+    kept = s.micro * (kept + s.S * (s.S + 2 * e * s.width))  # the mask; cosines and sines
+    again = s.checkpointing * s.block_bytes(e) + e * s.S * (s.D + 2 * s.mlp)
+    T, root, dW = s.micro * s.T, e * s.root * both, e * s.V * s.D
+    known = rest | dict(gradients=4 * s.held())
+    return dict(
+        sample=rollout(s.n, s.x + s.L),
+        head=known | dict(gathered=root, activations=kept + s.micro * s.S * s.D * (4 + 2 * e),
+                          logprobs=dW + T * s.D * (2 * e + 4) + min(DZ, e * T * s.V)),
+        layer=known | dict(gathered=root + dW + (3 * e + 4) * s.block,
+                           activations=kept + s.micro * again),
+        reduce=known | dict(gathered=root + (e + 4) * s.root),
+        evaluate=rollout(s.n * both, s.x + s.L + s.y))
+
+
+def flops(s: Shape) -> float:
+    """Of an update's forward and backward passes, on all GPUs; attention computes all of S x S."""
+    passes = 3 + s.checkpointing + s.reference  # a backward pass costs two forward ones
+    blocks = 2 * s.S * s.layers * s.block + 4 * s.S**2 * s.H * s.layers
+    spared = s.checkpointing * 2 * s.S * s.layers * s.mlp * s.D  # a block's last product
+    head = 2 * s.T * s.V * s.D * (4 + s.reference)  # of which its backward pass is 3
+    return s.W * s.questions * (passes * blocks - spared + head)
+
+
+def seconds(s: Shape) -> tuple[float, float]:
+    """Of sampling, which reads weights and cache once a token, and of the rest of an update, at
+    SHARE of BANDWIDTH and of FLOPS."""
+    read = s.L * (2 * s.n + s.cache(s.x + s.L / 2)) if s.K > 1 else 0
+    return read / (SHARE * BANDWIDTH), flops(s) / (s.W * SHARE * FLOPS)
+
+
+def plan(config, args, W: int) -> str:
+    """The table of --plan: GB (1e9 bytes) on each of W GPUs, the card that holds them, seconds."""
+    s = Shape(config, args, W)
+    table, updates = moments(s), W * s.questions * s.K
+    total = {moment: sum(held.values()) / 1e9 for moment, held in table.items()}
+    card = next((f"a card of {c} GB holds it" for c in CARDS if c >= max(total.values())),
+                f"no card of {max(CARDS)} GB holds it: more GPUs, or lower --K, --L or --micro")
+
+    def row(name: str, cells) -> str:
+        return f"{name:12}" + "".join(f"{'-' if c is None else f'{c:.2f}':>10}" for c in cells)
+    parts = dict.fromkeys(part for held in table.values() for part in held)
+    drawn, rest = seconds(s)
+    return "\n".join([
+        f"{s.n / 1e9:.2f} B parameters; GPUs: {W}, each with {s.questions} questions of {s.x} tokens x"
+        f" {s.K} rationales of {s.L}",
+        f"{'GB a GPU':12}" + "".join(f"{moment:>10}" for moment in table),
+        *(row(p, (h[p] / 1e9 if p in h else None for h in table.values())) for p in parts),
+        row("total", total.values()), f"{max(total.values()):.1f} GB at the peak: {card}",
+        f"an update: {updates * s.L} tokens to sample, {updates * (s.L + s.y)} to score,"
+        f" {flops(s) / 1e15:.3g} PFLOP; {drawn:.3g} s to sample and {rest:.3g} s for the rest",
+        f"if {SHARE:.0%} (assumed) of an H100's {FLOPS / 1e12:.0f} TFLOP/s and"
+        f" {BANDWIDTH / 1e12} TB/s are reached"])
