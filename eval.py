@@ -40,8 +40,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import latro  # before transformers: see there
-from kernels import (as_number, canonical, flexible, gold_rationale, majority, records, same_answer,
-                     summary, write)
+from kernels import (as_number, canonical, flexible, gold_rationale, majority, printable, records,
+                     same_answer, summary, write)
 from latro import Example, Problem
 
 RESAMPLES = 10_000
@@ -307,11 +307,6 @@ def telling(found: list[str]) -> list[int]:
         places.append((group.startswith("both"), seen[group], i))
         seen[group] += 1
     return [i for *_, i in sorted(places)]
-
-
-def printable(text: str) -> str:
-    """The text with all that could steer a terminal, or hide there, spelt out: \\x1b, \\u202e."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def wrapped(text: str, width: int) -> list[str]:

@@ -42,7 +42,7 @@ import kernels  # before transformers: see there
 import transformers
 from kernels import (TASKS, Alone, Codec, Example, Problem, Rationale, Scores, Tree, answer_in,
                      brief, changed, checksum, claim, conclude, gold_rationale, plain, plant,
-                     read_rows, records, release, same_answer, sample, score_given,
+                     printable, read_rows, records, release, same_answer, sample, score_given,
                      score_rationales, summary, token_logprobs, write)
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -163,7 +163,7 @@ def restarted() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 def say(text: str) -> None:
-    print(text, flush=True) if is_first() else None
+    print(printable(text), flush=True) if is_first() else None
 
 def connect(minutes: float = Args.timeout) -> torch.device:
     """Joins torchrun's processes, or makes a group of this one; returns this process's device."""
@@ -626,7 +626,7 @@ def guarded(program: str, work, lower: str, kept: str) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     if why:
-        print(f"{program}: {why}", file=sys.stderr)
+        print(printable(f"{program}: {why}"), file=sys.stderr)
     return 1
 
 def begin(args: Args) -> None:

@@ -23,7 +23,7 @@ from .planner import plan
 from .records import records, summary
 from .reference import Scores, pick_tokens, score_given, span_sums
 from .sampler import sample
-from .tasks import TASKS, Alone, Codec, Example, Problem, brief, read_rows
+from .tasks import TASKS, Alone, Codec, Example, Problem, brief, printable, read_rows
 from .tree import Rationale, Tree, conclude, gold_rationale, plant
 
 for module in (utils, utils.import_utils):

@@ -54,8 +54,8 @@ class Shape:
     def block_bytes(self, e: int) -> int:
         """What the gradient of a block needs of a tree; e: bytes of a number.
 
-        A norm keeps its input in float32, it normalised, and what it returns; attention q, k, v, its
-        output, and the mask as numbers; the MLP gate, its SiLU, up, and their product."""
+        A norm keeps its input in float32, it normalised, and what it returns; attention q, k, v,
+        its output, and the mask as numbers; the MLP gate, its SiLU, up, and their product."""
         norms = 2 * self.D * (4 + 2 * e) + self.normed * (4 + e)
         return self.S * (norms + e * (4 * self.H + self.S + 4 * self.mlp))
 
@@ -119,8 +119,8 @@ def plan(config, args, W: int) -> str:
     parts = dict.fromkeys(part for held in table.values() for part in held)
     drawn, rest = seconds(s)
     return "\n".join([
-        f"{s.n / 1e9:.2f} B parameters; GPUs: {W}, each with {s.questions} questions of {s.x} tokens x"
-        f" {s.K} rationales of {s.L}",
+        f"{s.n / 1e9:.2f} B parameters; GPUs: {W}, each with {s.questions} questions of {s.x}"
+        f" tokens x {s.K} rationales of {s.L}",
         f"{'GB a GPU':12}" + "".join(f"{moment:>10}" for moment in table),
         *(row(p, (h[p] / 1e9 if p in h else None for h in table.values())) for p in parts),
         row("total", total.values()), f"{max(total.values()):.1f} GB at the peak: {card}",

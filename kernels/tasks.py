@@ -25,6 +25,11 @@ def brief(e: Exception) -> str:
     return f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
 
 
+def printable(text: str) -> str:
+    """The text with all that could steer a terminal, or hide there, spelt out: \\x1b, \\u202e."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def gsm8k(row: dict) -> tuple[str, str, str]:
     steps, gold = row["answer"].rsplit("####", 1)
     return f"{row['question']} Let's think step by step.", gold, re.sub("<<.*?>>", "", steps)
@@ -53,7 +58,8 @@ def read_rows(args, split: str) -> list[tuple[str, dict]]:
         except Exception as e:  # offline, missing, gated: each its own class, one way out
             raise Problem(f"--data {args.data}: no directory here, nor to be had from the hub"
                           f" ({brief(e)}); pass a directory with train.jsonl and test.jsonl") from e
-        return [(f"{args.data} {split} {i}", row) for i, row in enumerate(hub.get(split, []))]
+        rows = enumerate(hub.get(split, []))
+        return unrepeated([(f"{args.data} {split} {i}", row) for i, row in rows])
     path, rows = Path(args.data, f"{split}.jsonl"), []
     for i, line in enumerate(path.open("rb") if path.exists() else [], 1):
         try:
@@ -69,7 +75,7 @@ def unrepeated(rows: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
     for where, row in rows:
         name = repr(row["id"]) if isinstance(row, dict) and "id" in row else where
         if (first := seen.setdefault(name, where)) != where:
-            raise Problem(f"{where}: the id {name} stands already at {first}; leave one of them out")
+            raise Problem(f"{where}: the id {name} is that of {first} too; leave one of them out")
     return rows
 
 

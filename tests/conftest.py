@@ -76,11 +76,11 @@ def signals():
         signal.signal(number, handler)
 
 
-def begin(*command):
+def begin(*command, **how):
     """A python process, its output in pipes."""
     hidden = {} if torch.cuda.is_available() else {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | hidden,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 
 @contextmanager

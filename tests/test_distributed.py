@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from conftest import TINY, TOY, contents, launch, rows, start, stopping, untimed
 
 import latro  # after conftest, which knows where it is: this file is also a script
+from kernels import conclude
 
 FLAGS = [*TINY, *"--questions 4 --K 3 --L 24 --eval-questions 5 --steps 2 --lr 1e-4".split()]
 WEIGHTS = Path("model.safetensors")
@@ -34,17 +35,28 @@ def recording(update):
     return wrapped
 
 
+def short(rollout):
+    """latro.rollout, but the questions of every second slot are answered at once: all that the last
+    of two processes draws is an EOS."""
+    def wrapped(policy, codec, batch, slots, stream, args, K, *rest, **more):
+        groups = rollout(policy, codec, batch, slots, stream, args, K, *rest, **more)
+        silent = [[conclude(codec, codec.eos[:1], 1, -1, e.answer, args.credit)] * K for e in batch]
+        return [s if slot % 2 else g for slot, g, s in zip(slots, groups, silent)]
+    return wrapped
+
+
 def work(jobs):
     """Runs of latro.py one after the other, each (flags, update in which the last process is told
     to stop, or None), with their gradients left in --out."""
-    update = latro.update
+    update, rollout = latro.update, latro.rollout
     last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
     for flags, stop in jobs:
         latro.update = stopping(recording(update), stop) if stop and last else recording(update)
+        latro.rollout = short(rollout) if "short" in str(flags[-1]) else rollout
         try:
             assert not latro.main([*map(str, flags)])
         finally:
-            latro.update = update
+            latro.update, latro.rollout = update, rollout
 
 
 def work_as_torchrun(processes, jobs, folder):
@@ -86,6 +98,7 @@ WAYS = {  # of one process
     "micro 1": dict(micro=1), "micro 2": dict(micro=2), "micro 3 of 4": dict(micro=3),
     "checkpointing": dict(checkpointing=True),
     "checkpointing, micro 1": dict(checkpointing=True, micro=1)}
+SHORT = "short", "2 processes, short"  # where half of the questions get no rationale
 TWO = {"2 processes": {}, "2 processes, checkpointing, micro 1": dict(checkpointing=True, micro=1)}
 FOUR = {"4 processes, 2 copies": dict(shard=2)}
 
@@ -99,7 +112,8 @@ def outs(models, tmp_path_factory):
     for model, flags in models.items():
         (folder / model).mkdir()
         copy = begun(folder / model, flags)
-        for processes, ways in {1: {"one": {}} | WAYS, 2: TWO, 4: FOUR}.items():
+        for processes, ways in {1: {"one": {}, SHORT[0]: {}} | WAYS, 2: TWO | {SHORT[1]: {}},
+                                4: FOUR}.items():
             for way, settings in ways.items():
                 made[model, way] = out = copy(way.replace(" ", "-"), **settings)
                 jobs[processes].append((["--resume", "--out", out], None))
@@ -148,6 +162,15 @@ def test_gradient_is_the_same(model, way, outs):
     ours, theirs = rows(outs[model, way])[1], rows(outs[model, "one"])[1]
     assert abs(theirs["kl"]) > 1e-4
     close(untimed([ours]), untimed([theirs]))
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_a_process_with_shorter_rationales(model, outs):
+    """It has done with decoding at once, and waits for the other without harm."""
+    one, two = (outs[model, way] for way in SHORT)
+    assert distance(gradient(two), gradient(one)) < 1e-5
+    close(untimed([rows(two)[1]]), untimed([rows(one)[1]]))
+    assert rows(two)[1]["z_len"] < 0.6 * rows(outs[model, "one"])[1]["z_len"]
 
 
 def test_first_update_and_evaluation_are_the_same(outs):

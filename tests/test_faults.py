@@ -1,6 +1,7 @@
 """What goes wrong around a run: damaged, harmful and contested files, processes that die or hang.
 Each costs at most the updates since the last whole state, and says what to do."""
 
+import ctypes
 import io
 import json
 import os
@@ -135,6 +136,31 @@ def test_out_that_cannot_be_made(out, capsys):
     assert line.startswith("latro.py: ") and out.split("/")[1] in line
 
 
+def without_override():
+    """Of a process about to start: for root, too, what may not be written cannot be."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+
+@pytest.mark.parametrize("flags", [FLAGS, ["--resume"]], ids=["new", "resumed"])
+def test_read_only_out(flags, out, whole, tmp_path):
+    """Nothing there is touched, and later it goes on."""
+    folder = out if "--resume" in flags else tmp_path / "new"
+    folder.mkdir(exist_ok=True)
+    before = contents(tmp_path)
+    folder.chmod(0o555)
+    try:
+        run = begin(ROOT / "latro.py", *flags, "--out", folder, preexec_fn=without_override)
+        _, errors = run.communicate(timeout=300)
+    finally:
+        folder.chmod(0o755)
+    line = errors.splitlines()[-1]
+    assert run.returncode == 1 and "Traceback" not in errors
+    assert line.startswith("latro.py: ") and str(folder) in line
+    assert contents(tmp_path) == before
+    start(*flags, out=folder)
+    assert untimed(rows(folder)) == untimed(rows(whole))
+
+
 class Evil:
     def __init__(self, call, *args):
         self.call = call, args
@@ -217,6 +243,42 @@ def test_a_process_that_hangs(tmp_path):
     [line] = [s for s in errors.splitlines() if "latro.py: " in s]
     assert "hung for longer than --timeout" in line and "--resume" in line
     assert f'File "{ROOT / "latro.py"}"' not in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_twice_to_stop(number, tmp_path):
+    """Once: it goes on with its update, which hangs here. Twice: it leaves at once, and the state
+    before is whole."""
+    out = tmp_path / "out"
+    run = begin(__file__, "hang", *FLAGS, "--out", out)
+    try:
+        while not (out / "state/step-000001/sums.json").exists():
+            assert run.poll() is None
+            time.sleep(0.1)
+        time.sleep(2)
+        run.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(2)
+        run.send_signal(number)
+        assert run.wait(5) == -number
+    finally:
+        run.kill()
+    assert [row["step"] for row in rows(out)] == [1]
+    AutoModelForCausalLM.from_pretrained(out)
+    start("--resume", out=out)
+    assert [row["step"] for row in rows(out)] == [1, 2, 3]
+
+
+def test_what_a_model_writes_cannot_steer_a_terminal(out, capsys):
+    """Nor what stands in its directory or in the data: \\x1b is spelt out."""
+    log = out / "samples.jsonl"
+    log.write_text(log.read_text().replace('"text": "', '"text": "\\u001b]0;owned\\u0007'))
+    start("--resume", out=out)
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\\x1b]0;owned\\x07" in printed
+    assert latro.main(["--model", "\x1b[2J", "--task", "toy"]) == 1
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed and "\\x1b[2J" in printed
 
 
 @pytest.mark.parametrize("error, is_it", [
@@ -321,8 +383,10 @@ def test_pickled_weights_are_not_read(model, tmp_path, monkeypatch, capsys):
 def doomed(update, how):
     """latro.update, in the second of which the last process dies, once, or hangs."""
     def wrapped(policy, optimizer, step, args):
-        if step == 1 and os.environ["RANK"] == "1" and not latro.restarted():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # for torchrun need not wait for it
+        last = os.environ.get("RANK", "0") != "0" or latro.world_size() == 1
+        if step == 1 and last and not latro.restarted():
+            if latro.world_size() > 1:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun need not wait for it
             os.kill(os.getpid(), signal.SIGKILL) if how == "die" else time.sleep(600)
         return update(policy, optimizer, step, args)
     return wrapped

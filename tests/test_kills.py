@@ -1,17 +1,18 @@
-"""kill -9 at fifty random instants: nothing that was complete is lost, and the run that goes on
-after each of them is, bit by bit, the run that nobody disturbed."""
+"""kill -9 at fifty random instants, and of one or both of two processes: nothing that was complete
+is lost, and the run that goes on each time is, bit by bit, the run that nobody disturbed."""
 
 import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, contents, rows, start, untimed
+from conftest import ROOT, TINY, contents, rows, start, stopping, untimed
 from transformers import AutoModelForCausalLM
 
 import latro
@@ -19,11 +20,14 @@ import latro
 FLAGS = [*TINY, *"--questions 1 --K 2 --L 4 --steps 5000 --save-every 1 --eval-every 7".split()]
 
 
-def go(flags):
-    """A run in a process of its own, with the one thread that makes it repeatable."""
+def go(flags, stop, joined):
+    """A run in a process of its own, with the one thread that makes it repeatable; SIGTERM arrives
+    during the update numbered `stop`. `joined`: what torchrun would have set."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.dup2(2, 1)
+    os.environ |= joined
+    latro.update = stopping(latro.update, stop)
     sys.exit(latro.main(flags))
 
 
@@ -40,16 +44,32 @@ def processes():
         yield context
 
 
-def killed(processes, flags, over):
-    """Seconds that a run lived until over(seconds)."""
-    process, begun = processes.Process(target=go, args=(flags,)), time.monotonic()
-    process.start()
+def begin(processes, flags, W=1, stop=None):
+    """W processes of one run, which find each other as under torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    ranks = [place | dict(RANK=str(i), WORLD_SIZE=str(W)) for i in range(W)] if W > 1 else [{}]
+    run = [processes.Process(target=go, args=(flags, stop, rank)) for rank in ranks]
+    for process in run:
+        process.start()
+    return run
+
+
+def killed(processes, flags, over, W=1, last=False):
+    """Seconds that a run lived until over(seconds). Where only its last process is killed, the
+    others must notice, and end."""
+    run, begun = begin(processes, flags, W), time.monotonic()
     while not over(time.monotonic() - begun):
-        assert process.is_alive()
+        assert all(process.is_alive() for process in run)
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    return time.monotonic() - begun
+    for process in run[-1:] if last else run:
+        os.kill(process.pid, signal.SIGKILL)
+    lived = time.monotonic() - begun
+    for process in run:
+        process.join(60)
+        assert process.exitcode in (1, -signal.SIGKILL)
+    return lived
 
 
 def states(out):
@@ -72,9 +92,37 @@ def test_kill_at_fifty_instants(processes, tmp_path):
     assert not [*(out / "state").glob("damaged-*")]
     start(*FLAGS, "--resume", out=out, stop=last + 2)
     whole = start(*FLAGS, out=tmp_path / "whole", stop=last + 2)
-    assert [row["step"] for row in rows(out)] == [*range(1, last + 3)]
-    assert untimed(rows(out)) == untimed(rows(whole))
-    assert rows(out, "evals") == rows(whole, "evals")
-    assert rows(out, "samples") == rows(whole, "samples")
+    same_run(out, whole, last + 2)
+
+
+def same_run(ours, theirs, steps):
+    assert [row["step"] for row in rows(ours)] == [*range(1, steps + 1)]
+    assert untimed(rows(ours)) == untimed(rows(theirs))
+    assert rows(ours, "evals") == rows(theirs, "evals")
+    assert rows(ours, "samples") == rows(theirs, "samples")
     weights = Path("model.safetensors")
-    assert contents(out)[weights] == contents(whole)[weights]
+    assert contents(ours)[weights] == contents(theirs)[weights]
+
+
+@pytest.mark.parametrize("numbers", [[2] * 5, [1, 2, 2, 1, 2]], ids=["2", "1 or 2"])
+def test_kill_one_of_two_or_both(numbers, processes, tmp_path):
+    """With as many processes each time the run ends bit-equal to one that nobody disturbed; with
+    another number at least none of its updates is lost or done twice."""
+    out, draw, last = tmp_path / "out", random.Random(1), 0
+    flags = [*FLAGS, *"--questions 2 --timeout 0.5 --resume --out".split()]
+    for i, W in enumerate(numbers):
+        ahead = last + draw.randrange(2, 5)
+        killed(processes, [*flags, str(out)], lambda _: max(states(out), default=0) >= ahead, W,
+               last=i % 2 and W > 1)
+        assert max(states(out)) >= ahead
+        last = max(states(out))
+        AutoModelForCausalLM.from_pretrained(out)
+    alike, whole = len({*numbers}) == 1, tmp_path / "whole"
+    for folder in (out, whole) if alike else [out]:
+        for process in begin(processes, [*flags, str(folder)], numbers[-1], stop=last + 2):
+            process.join(120)
+            assert process.exitcode == 0
+    if alike:
+        same_run(out, whole, last + 2)
+    assert [row["step"] for row in rows(out)] == [*range(1, last + 3)]
+    assert [row["step"] for row in rows(out, "evals")] == [*range(0, last + 3, 7)]

@@ -94,6 +94,35 @@ def test_rows_are_lines_whatever_they_hold(tmp_path):
     assert [row["question"] for _, row in latro.read_rows(args, "train")] == texts
 
 
+@pytest.mark.parametrize("task, config, row", [
+    ("gsm8k", "main", dict(question="1 + 1?", answer="1 + 1 = <<1+1=2>>2\n#### 2")),
+    ("arc_challenge", "ARC-Challenge", dict(
+        id="a", question="Wet?", answerKey="B",
+        choices=dict(text=["sand", "sea"], label=["A", "B"]))),
+])
+def test_rows_of_the_hub(task, config, row, toy, tmp_path, monkeypatch):
+    """What `datasets` makes of the same rows, where no directory has them: the hub itself is not
+    asked here."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    load, asked = datasets.load_dataset, []
+
+    def from_here(*what):
+        asked.append(what)
+        return load("json", data_files=dict(train="train.jsonl"), cache_dir="cache")
+    monkeypatch.setattr(datasets, "load_dataset", from_here)
+    args = latro.Args(task=task, data="some/name")
+    [(where, found)] = kernels.read_rows(args, "train")
+    assert asked == [("some/name", config)] and where == "some/name train 0"
+    assert kernels.TASKS[task](found) == kernels.TASKS[task](row)
+    assert kernels.read_rows(args, "validation") == []
+    if "id" in row:
+        (tmp_path / "train.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+        with pytest.raises(kernels.Problem, match="train 1: .* 'a' is that of some/name train 0"):
+            kernels.read_rows(args, "train")
+
+
 # ---- plain prompts
 
 @pytest.fixture(scope="module")
