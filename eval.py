@@ -40,8 +40,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import latro  # before transformers: see there
-from kernels import (as_number, canonical, flexible, gold_rationale, majority, printable, records,
-                     same_answer, summary, write)
+from kernels import (as_number, canonical, flexible, gold_rationale, logged, majority, printable,
+                     records, same_answer, summary, write)
 from latro import Example, Problem
 
 RESAMPLES = 10_000
@@ -80,12 +80,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def noted(folder: str | Path) -> dict:
-    """latro.json of a run; of any other model, that nothing is known."""
-    note = Path(folder, "latro.json")
-    return json.loads(note.read_text()) if note.exists() else dict(args={}, base=None)
-
-
 def settings(flags: argparse.Namespace) -> latro.Args:
     """The checkpoint's own settings where no flag says otherwise; y is what follows the template
     for every row, whatever it was trained on."""
@@ -93,7 +87,7 @@ def settings(flags: argparse.Namespace) -> latro.Args:
     for folder in filter(None, [*flags.ckpt, flags.sft]):
         if not Path(folder, "config.json").exists():
             raise Problem(f"{folder}: no model there; name the --out of a run that has saved one")
-    saved = noted(first)
+    saved = latro.recall(first)
     given = {k: v for k, v in vars(flags).items() if k in SAVED and v is not None}
     own = dict(questions=3 * latro.world_size()) | saved["args"] | given | dict(
         model=flags.base or saved["base"], out=flags.out or str(first / "eval"),
@@ -132,7 +126,7 @@ def replies(name: str, model: str, load, reference, codec, examples: list[Exampl
     path = Path(args.out, f"{name}.jsonl")
     head = dict(model=model, weights=fingerprint(model), split=flags.split, k=flags.k, L=args.L,
                 seed=args.seed, data=args.data, questions=len(examples))
-    held = latro.read_log(args, path.name) if path.exists() else []
+    held = logged(path) if path.exists() else []
     done = held[1:] if held[:1] == [head] else []
     dist.barrier()  # all have read before the first one writes
     if latro.is_first():
@@ -400,16 +394,15 @@ def band(values: list[list[float]]) -> dict[str, list[float]]:
     return dict(zip(Estimate._fields, zip(*estimates(np.array(values, float)))))
 
 
-def curves(folder: str, args: latro.Args) -> dict | None:
+def curves(folder: str) -> dict | None:
     """What a run logged, over questions seen: "held_out", the looks at its fixed held-out batch,
     and "updates". None where `folder` has no logs."""
-    run = dataclasses.replace(args, out=folder)
     if not all(Path(folder, f).exists() for f in ("latro.json", "evals.jsonl", "metrics.jsonl")):
         return None
-    size = noted(folder)["args"]["questions"]
+    size = latro.recall(folder)["args"]["questions"]
 
     def over(name: str, ahead: int) -> dict[str, list]:
-        rows = latro.read_log(run, name)
+        rows = logged(Path(folder, name))
         return dict(seen=[size * (r["step"] - ahead) for r in rows],
                     **{key: [r.get(key) for r in rows] for key in LOGGED})
     # An update logs what the policy was before it: update 1 has seen no questions.
@@ -482,10 +475,10 @@ def votes(done: list[dict]) -> dict[str, dict]:
 
 def derive(rows: dict[str, list[dict]], ckpt: list[str], args: latro.Args) -> dict[str, dict]:
     """All numbers behind the figures, by figure and row of the table."""
-    runs = {Path(folder).resolve().name: noted(folder)["args"] for folder in ckpt}
+    runs = {Path(folder).resolve().name: latro.recall(folder)["args"] for folder in ckpt}
     trained = {name: own["L"] for name, own in runs.items() if own}
     by_row = lambda work: {name: work(done) for name, done in rows.items()}
-    return dict(curves=curves(ckpt[0], args), likelihood=by_row(likelihood), votes=by_row(votes),
+    return dict(curves=curves(ckpt[0]), likelihood=by_row(likelihood), votes=by_row(votes),
                 length=dict(trained=trained, rows=by_row(lambda done: lengths(done, args.L))))
 
 

@@ -41,9 +41,9 @@ from tqdm import tqdm
 import kernels  # before transformers: see there
 import transformers
 from kernels import (TASKS, Alone, Codec, Example, Problem, Rationale, Scores, Tree, answer_in,
-                     brief, changed, checksum, claim, conclude, gold_rationale, plain, plant,
-                     printable, read_rows, records, release, same_answer, sample, score_given,
-                     score_rationales, summary, token_logprobs, write)
+                     brief, changed, checksum, claim, conclude, exhausted, gold_rationale, logged,
+                     lost, plain, plant, printable, read_rows, records, release, same_answer,
+                     sample, score_given, score_rationales, summary, token_logprobs, write)
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -102,6 +102,18 @@ PRESETS = {  # where a task differs from the paper's GSM8K run, which the defaul
     "arc_challenge": dict(data="allenai/ai2_arc", beta=0.25, epochs=12.0),
 }
 
+def recall(folder: str | Path) -> dict:
+    """latro.json of a run: its args, its base model; of any other directory, that nothing is known.
+    Raises Problem for what this version does not write."""
+    note = Path(folder, "latro.json")
+    if not note.exists():
+        return dict(args={}, base=None)
+    try:
+        held = json.loads(note.read_text())
+        return dict(args=vars(Args(**held["args"])), base=held["base"])
+    except (ValueError, TypeError, KeyError) as e:
+        raise Problem(f"{note}: not what a run of this version writes ({brief(e)})") from e
+
 def parse(argv: list[str] | None) -> Args:
     """Command line -> settings: what was given, else the task's preset, else the default."""
     parser = argparse.ArgumentParser(prog="latro.py", allow_abbrev=False)
@@ -121,7 +133,7 @@ def parse(argv: list[str] | None) -> Args:
     if restarted() and saved.exists():
         given["resume"] = True
     if given.get("resume") and saved.exists():
-        preset = json.loads(saved.read_text())["args"]
+        preset = recall(saved.parent)["args"]
         other = [f"--{k.replace('_', '-')} {preset[k]} -> {v}" for k, v in given.items()
                  if k not in FREE and preset[k] != v]
         if other:
@@ -133,8 +145,9 @@ def check(args: Args) -> Args:
     """Refuses values that cannot work, before anything is loaded."""
     for f in dataclasses.fields(Args):
         value, least = getattr(args, f.name), f.metadata["min"]
-        if least is not None and value is not None and not least <= value < math.inf:
-            raise Problem(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
+        if value == "" or None not in (least, value) and not least <= value < math.inf:
+            must = "not be empty" if value == "" else f"be at least {least}"
+            raise Problem(f"--{f.name.replace('_', '-')} {value}: must {must}")
     if args.model is None or args.data is None:
         raise Problem(f"--task {args.task} needs --model and --data: hub ids or directories")
     if args.steps and args.epochs:
@@ -178,11 +191,6 @@ def connect(minutes: float = Args.timeout) -> torch.device:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, timeout=wait,
                             rank=int(os.environ.get("RANK", 0)), world_size=world_size())
     return device
-
-def lost(e: RuntimeError) -> bool:
-    """Whether it says that another process does not answer."""
-    words = "imed out", "timeout", "Connection closed", "Connection reset", "Broken pipe"
-    return isinstance(e, dist.DistError) or any(word in str(e) for word in words)
 
 def share(items: list) -> list:
     """This process's part: every W-th item."""
@@ -235,9 +243,10 @@ def read_model(args: Args) -> tuple:
     try:
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise Problem(f"--model {args.model}: no model directory here, nor to be had from the hub"
-                      f" ({brief(e)}); pass a directory in Hugging Face's format") from e
+    except Exception as e:  # a directory may hold anything, and each library has its own words
+        here = "no whole model" if Path(args.model).is_dir() else "no directory, nor on the hub"
+        raise Problem(f"--model {args.model}: {here} ({brief(e)}); pass a directory in Hugging"
+                      " Face's format, or a hub id") from e
     if odd := kernels.unsupported(config):
         raise Problem(f"--model {args.model}: {config.model_type} has {', '.join(odd)}, which is"
                       " not supported; take a Llama, Mistral, Qwen or Phi-3 model")
@@ -295,7 +304,7 @@ def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
         policy, found = AutoModelForCausalLM.from_pretrained(
             args.model, dtype="auto", use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
+    except Exception as e:
         raise Problem(f"--model {args.model}: its weights cannot be read ({brief(e)}); fetch or"
                       " save them again, as safetensors") from e
     if absent := found["missing_keys"]:  # transformers would make them up
@@ -364,10 +373,6 @@ def log(args: Args, name: str, row: dict) -> None:
     if is_first():
         with open(Path(args.out, name), "a") as f:
             f.write(json.dumps(row) + "\n")
-
-def read_log(args: Args, name: str) -> list[dict]:
-    """The rows of a log; a last line that a kill tore does not count."""
-    return [json.loads(s) for s in Path(args.out, name).read_text().split("\n")[:-1]]
 
 def facts() -> dict:
     """What the numbers of a run hang on, beside its settings."""
@@ -445,7 +450,7 @@ def damage(state: Path) -> list[str]:
         sums = json.loads((state / "sums.json").read_text())
         found = gather([changed(state, dict(share([*sums.items()])))])
         return [wrong for part in found for wrong in part] or plain(state / ".metadata")
-    except (OSError, ValueError) as e:
+    except (AttributeError, OSError, ValueError) as e:
         return [f"{state / 'sums.json'} cannot be read ({brief(e)})"]
 
 def last_state(args: Args) -> Path | None:
@@ -471,7 +476,7 @@ def restore(args: Args, policy, optimizer) -> int:
         dcp.load(dict(model=model, optimizer=moments), checkpoint_id=kept)
         states.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
     for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl") if is_first() else ():
-        rows = [r for r in read_log(args, name) if r["step"] <= step] if kept else []
+        rows = [r for r in logged(Path(args.out, name)) if r["step"] <= step] if kept else []
         write(Path(args.out, name), "".join(json.dumps(r) + "\n" for r in rows))
     return step
 
@@ -598,8 +603,8 @@ SHOWN = ("elbo", "ELBO"), ("logp_y", "log p(y|x+z)"), ("kl", "KL"), ("z_len", "l
 
 def report(args: Args) -> None:
     """Before and after, on the held-out questions."""
-    rows = [read_log(args, "evals.jsonl")[i] for i in (0, -1)]
-    looks = [r["questions"] for r in read_log(args, "samples.jsonl") if r["split"] == "held-out"]
+    out, rows = Path(args.out), [logged(Path(args.out, "evals.jsonl"))[i] for i in (0, -1)]
+    looks = [r["questions"] for r in logged(out / "samples.jsonl") if r["split"] == "held-out"]
     say(f"\n{rows[0]['n']:4} held-out questions     before   after")
     for k, name in (("greedy", "greedy accuracy"), ("sampled", "accuracy of a sample"), *SHOWN):
         say(f"{name:24}" + "".join("       -" if r[k] is None else f"{r[k]:8.3f}" for r in rows))
@@ -613,14 +618,17 @@ def guarded(program: str, work, lower: str, kept: str) -> int:
         return 0
     except Problem as e:
         why = e if is_first() or isinstance(e, Alone) else None
-    except torch.OutOfMemoryError as e:
-        why = f"out of GPU memory: lower {lower} ({brief(e)})"
     except OSError as e:
         why = f"{brief(e)}; {kept}"
-    except RuntimeError as e:
-        if not lost(e):
+    except OverflowError as e:
+        why = f"a number is too large ({brief(e)}); see --help"
+    except (MemoryError, RuntimeError) as e:
+        if exhausted(e):
+            why = f"out of memory: lower {lower} ({brief(e)})"
+        elif lost(e):
+            why = f"another process has died, or hung longer than --timeout ({brief(e)}); {kept}"
+        else:
             raise
-        why = f"another process has died, or hung for longer than --timeout ({brief(e)}); {kept}"
     finally:
         release()
         if dist.is_initialized():

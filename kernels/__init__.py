@@ -18,12 +18,13 @@ from . import reference
 from .answers import (TEMPLATE, answer_in, as_number, canonical, flexible, majority, same_answer,
                       strict)
 from .attention import attention, context, tree_mask, unsupported, window
-from .files import changed, checksum, claim, plain, release, write
+from .files import changed, checksum, claim, logged, plain, release, write
 from .planner import plan
+from .problems import Alone, Problem, brief, exhausted, lost, printable
 from .records import records, summary
 from .reference import Scores, pick_tokens, score_given, span_sums
 from .sampler import sample
-from .tasks import TASKS, Alone, Codec, Example, Problem, brief, printable, read_rows
+from .tasks import TASKS, Codec, Example, read_rows
 from .tree import Rationale, Tree, conclude, gold_rationale, plant
 
 for module in (utils, utils.import_utils):

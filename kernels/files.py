@@ -1,6 +1,7 @@
 """The files of a run: replaced whole, written by one run at a time, checked before use."""
 
 import fcntl
+import json
 import os
 import pickle
 import zlib
@@ -10,7 +11,7 @@ from typing import IO
 import torch
 from torch.distributed.checkpoint import metadata
 
-from .tasks import Problem, brief
+from .problems import Problem, brief
 
 # All that a checkpoint's metadata names, beside dtypes and the classes of `metadata` itself.
 PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
@@ -27,6 +28,17 @@ def write(path: Path, text: str) -> None:
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)  # a full disk leaves half of it
+
+
+def logged(path: Path) -> list[dict]:
+    """The rows of a log; a last line that a kill tore does not count. Raises Problem for others."""
+    rows = []
+    for i, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as e:
+            raise Problem(f"{path}:{i}: not a row that a run has written; take that line out") from e
+    return rows
 
 
 def claim(path: Path) -> bool:

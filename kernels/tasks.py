@@ -11,23 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .answers import TEMPLATE
-
-
-class Problem(Exception):
-    """Bad input, or a run that cannot go on: one sentence that names the value and the way out."""
-
-
-class Alone(Problem):
-    """Trouble of one process of many: it speaks for itself, where else the first speaks for all."""
-
-
-def brief(e: Exception) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
-
-
-def printable(text: str) -> str:
-    """The text with all that could steer a terminal, or hide there, spelt out: \\x1b, \\u202e."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+from .problems import Problem, brief
 
 
 def gsm8k(row: dict) -> tuple[str, str, str]:
@@ -118,8 +102,11 @@ class Codec:
 
     def turns(self, *contents: str) -> list[int]:
         chat = [dict(role=role, content=c) for role, c in zip(("user", "assistant"), contents)]
-        return self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=len(chat) == 1, return_dict=True)["input_ids"]
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=len(chat) == 1, return_dict=True)["input_ids"]
+        except Exception as e:  # a template is a program
+            raise Problem(f"this model's chat template fails ({brief(e)}); mend it") from e
 
     def example(self, where: str, row: dict) -> Example:
         """What a row asks; `where` it stands.

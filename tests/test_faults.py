@@ -4,8 +4,10 @@ Each costs at most the updates since the last whole state, and says what to do."
 import ctypes
 import io
 import json
+import math
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import time
 from pathlib import Path
 from shutil import copytree
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -241,8 +244,25 @@ def test_a_process_that_hangs(tmp_path):
     _, errors = run.communicate(timeout=300)
     assert run.returncode != 0 and time.monotonic() - start_time < 120
     [line] = [s for s in errors.splitlines() if "latro.py: " in s]
-    assert "hung for longer than --timeout" in line and "--resume" in line
+    assert "hung longer than --timeout" in line and "--resume" in line
     assert f'File "{ROOT / "latro.py"}"' not in errors
+
+
+def test_numbers_of_one_process_that_go_wrong(tmp_path):
+    """All stop, in the same update, with one sentence that names the other process's question."""
+    out = tmp_path / "out"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    run = begin(*torchrun, __file__, "nan", *FLAGS, "--out", out)
+    _, errors = run.communicate(timeout=300)
+    [line] = [s for s in errors.splitlines() if "latro.py: " in s]
+    [where] = re.findall(r"train.jsonl:\d+", line)
+    assert run.returncode != 0 and "update 2" in line and "--lr" in line
+    args = latro.recall(out)["args"]
+    asked = latro.prepare(latro.Args(**args))[1]
+    order = np.random.default_rng((args["seed"], 0)).permutation(len(asked))
+    assert asked[order[3]].where.endswith(where)  # slot 1 of update 2
+    assert [row["step"] for row in rows(out)] == [1]
+    assert [p.name for p in out.glob("state/step-*")] == ["step-000001"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -392,6 +412,21 @@ def doomed(update, how):
     return wrapped
 
 
+def poisoned(score):
+    """latro.score, that of the last process NaN in the second update."""
+    updates = []
+
+    def wrapped(*args):
+        logp, s = score(*args)
+        updates.extend([1] * torch.is_grad_enabled())  # not in an evaluation
+        bad = len(updates) == 2 and os.environ["RANK"] == "1"
+        return logp, s._replace(logp_y=s.logp_y * math.nan) if bad else s
+    return wrapped
+
+
 if __name__ == "__main__":
-    latro.update = doomed(latro.update, sys.argv[1])
+    if sys.argv[1] == "nan":
+        latro.score = poisoned(latro.score)
+    else:
+        latro.update = doomed(latro.update, sys.argv[1])
     sys.exit(latro.main(sys.argv[2:]))

@@ -127,7 +127,8 @@ def numbers(request, tmp_path):
     draw, run = random.Random(1), tmp_path / "run"
     run.mkdir()
     if request.param:
-        Path(run, "latro.json").write_text(json.dumps(dict(args=dict(L=10, questions=8))))
+        Path(run, "latro.json").write_text(json.dumps(
+            dict(base="m", args=dict(L=10, questions=8))))
         held_out = dict(elbo=None, kl=None, logp_y=-2.0, greedy=0.5, sampled=0.4, z_len=9.0)
         for name, keys in (("evals", held_out), ("metrics", ("elbo", "kl", "logp_y", "z_len"))):
             rows = [dict(step=i, **{k: held_out[k] for k in keys}) for i in (1, 2, 3)]

@@ -67,11 +67,16 @@ def says(line, *words):
     ("--task math", ["--task", "math", "gsm8k"]),
     ("--reward 1", ["--reward", "logp", "prob"]), ("--learning-rate 1", ["--learning-rate"]),
     ("--kernels cuda", ["--kernels", "cuda", "auto"]), ("--epochs 2", ["--steps", "--epochs"]),
-    ("--bound iwae --reward prob", ["iwae", "prob"]),
+    ("--bound iwae --reward prob", ["iwae", "prob"]), ("--seed -1", ["--seed -1"]),
+    ("--L 1.5", ["--L", "1.5"]), ("--plan -1", ["--plan -1"]), ("--shard 2", ["--shard 2"]),
+    ("--timeout 1e30", ["too large"]), ("--K 1000000000", ["out of memory", "--K", "lower"]),
+    ("--beta inf", ["--beta inf"]), ("--resume=yes", ["--resume"]), ("--plan", ["--plan"]),
+    ("--no-K", ["--no-K"]), ("stray", ["stray"]), ("--model=", ["--model", "empty"]),
+    ("--data=", ["--data", "empty"]), ("--out=", ["--out", "empty"]),
 ])  # fmt: skip
 def test_flag(flags, words, refusal):
     says(refusal(*FLAGS, *flags.split()), *words)
-    assert not Path("out").exists()
+    assert not [*Path().glob("**/*.safetensors")]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -191,6 +196,34 @@ def copy_of_toy(**settings):
         path.write_text(json.dumps({k: settings.get(k, v) for k, v in known.items()}))
 
 
+TOYS = json.loads((TOY / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("config.json", None, ["model_type"]), ("config.json", "{nope", ["JSON"]),
+    ("config.json", "[]", ["model_type"]),
+    ("config.json", json.dumps(TOYS | dict(hidden_size="wide")), ["hidden_size"]),
+    ("config.json", json.dumps(TOYS | dict(num_attention_heads=0)), ["Zero"]),
+    ("config.json", json.dumps(TOYS | dict(hidden_size=64)), ["weights"]),
+    ("tokenizer.json", None, ["tokenizer"]), ("tokenizer.json", "{nope", ["JSON"]),
+    ("tokenizer.json", "\udcff", ["utf-8"]), ("tokenizer_config.json", "[1", ["JSON"]),
+    ("chat_template.jinja", "{% if", ["chat template"]),
+    ("chat_template.jinja", "{{ raise_exception('system first') }}", ["system first"]),
+    ("model.safetensors.index.json", "{nope", []),
+])  # fmt: skip
+def test_damaged_model_directory(name, text, words, refusal):
+    copy_of_toy()
+    path = Path("model", name)
+    path.unlink(missing_ok=True)
+    if name.endswith("index.json"):
+        Path("model/model.safetensors").unlink()
+    if text is not None:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    line = refusal(*FLAGS, "--model", "model")
+    says(line, *words)
+    assert "model" in line and not Path("out").exists()
+
+
 def test_tokenizer_without_eos(refusal):
     copy_of_toy(eos_token=None, eos_token_id=None)
     says(refusal(*FLAGS, "--model", "model"), "--model model", "EOS")
@@ -246,6 +279,27 @@ def test_resume_with_other_flags(finished, refusal):
     says(line, "--K 3 -> 4", "--lr 0.0003 -> 0.1", "another --out")
     assert "--questions" not in line  # given, but the same
     assert contents(finished) == before
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("latro.json", "{", ["latro.json", "version"]), ("latro.json", "[]", ["latro.json"]),
+    ("latro.json", "{}", ["latro.json", "args"]),
+    ("latro.json", '{"args": {"banana": 1}, "base": "m"}', ["latro.json", "banana"]),
+    ("metrics.jsonl", "{\n{}\n", ["metrics.jsonl:1", "line"]),
+    ("metrics.jsonl", "5\n", ["metrics.jsonl:1"]), ("evals.jsonl", "\udcff\n", ["evals.jsonl:1"]),
+    ("samples.jsonl", None, ["samples.jsonl"]), ("metrics.jsonl", None, ["metrics.jsonl"]),
+])  # fmt: skip
+def test_damaged_run(name, text, words, finished, refusal):
+    """What is not damaged stays as it was."""
+    shutil.copytree(finished, "out")
+    path = Path("out", name)
+    path.unlink()
+    if text is not None:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    before = contents("out")
+    says(refusal("--resume", "--out", "out"), *words)
+    after = contents("out")
+    assert {k: v for k, v in after.items() if k in before} == before
 
 
 # ---- a run that goes wrong
