@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, which
 
 import numpy as np
 import pytest
@@ -137,6 +137,31 @@ def test_out_that_cannot_be_made(out, capsys):
     assert latro.main([*FLAGS, "--out", out]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("latro.py: ") and out.split("/")[1] in line
+
+
+FULL = """mount -t tmpfs -o size=$1m none "$2" || exit 77
+shift; out=$1/run; shift
+"$@" --out "$out"; echo "code $?: $(ls "$out/state" | tail -1)"
+mount -o remount,size=99m "$(dirname "$out")"
+"$@" --resume --out "$out"; echo "code $?: $(ls "$out/state" | tail -1)"
+cp -r "$out" ."""
+
+
+@pytest.mark.parametrize("size, kept", [(5, "lock"), (14, "step-000001"), (21, "step-000002")])
+def test_full_file_system(size, kept, whole, tmp_path):
+    """The same on a file system of so many MB, full with the first, second or third state."""
+    (tmp_path / "small").mkdir()
+    command = ["unshare", "-rm", "sh", "-c", FULL, "sh", size, tmp_path / "small", sys.executable,
+               ROOT / "latro.py", *FLAGS]
+    if not which("unshare"):
+        pytest.skip("no unshare here")
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path)
+    if "code" not in done.stdout:
+        pytest.skip("no file system may be mounted here")
+    assert re.findall(r"code (.*)", done.stdout) == [f"1: {kept}", "0: step-000003"]
+    [line] = [s for s in done.stderr.splitlines() if "cannot be saved" in s]
+    assert "Traceback" not in done.stderr and "0.0 GB are free" in line and "--resume" in line
+    assert untimed(rows(tmp_path / "run")) == untimed(rows(whole))
 
 
 def without_override():

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import kernels
 import latro
-from conftest import TINY, TOY, launch, rows, start
+from conftest import ROOT, TINY, TOY, begin, launch, rows, start
 from kernels import planner, reference
 
 pytestmark = pytest.mark.gpu
@@ -146,6 +146,24 @@ def test_from_the_shell(tmp_path):
     code, printed, errors = launch(*TINY, "--steps", 1, "--out", tmp_path / "out")
     assert code == 0, errors
     assert "held-out questions" in printed
+
+
+CRAMPED = """import sys, torch
+sys.path.insert(0, sys.argv[1])
+import latro
+torch.cuda.set_per_process_memory_fraction(1e9 / torch.cuda.get_device_properties(0).total_memory)
+sys.exit(latro.main(sys.argv[2:]))"""
+
+
+@pytest.mark.parametrize("phase, K, lower", [("sample", 20_000, "--questions"),
+                                             ("score", 500, "--micro")])
+def test_out_of_memory(phase, K, lower, tmp_path):
+    """Of 1 GB: a cache for 40 000 rows, or a tree of 18 000 tokens that see each other."""
+    run = begin("-c", CRAMPED, ROOT, *TINY, "--K", K, "--steps", 1, "--out", tmp_path / "out")
+    _, errors = run.communicate(timeout=300)
+    line = errors.splitlines()[-1]
+    assert run.returncode == 1 and "Traceback" not in errors
+    assert f"out of GPU memory in {phase}" in line and lower in line and "GB at the peak" in line
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
