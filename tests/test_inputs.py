@@ -201,7 +201,7 @@ TOYS = json.loads((TOY / "config.json").read_text())
 
 @pytest.mark.parametrize("name, text, words", [
     ("config.json", None, ["model_type"]), ("config.json", "{nope", ["JSON"]),
-    ("config.json", "[]", ["model_type"]),
+    ("config.json", "[]", ["no whole model"]),
     ("config.json", json.dumps(TOYS | dict(hidden_size="wide")), ["hidden_size"]),
     ("config.json", json.dumps(TOYS | dict(num_attention_heads=0)), ["Zero"]),
     ("config.json", json.dumps(TOYS | dict(hidden_size=64)), ["weights"]),
