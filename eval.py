@@ -56,11 +56,17 @@ SAVED = "task", "data", "L", "seed"  # flags of latro.py whose values are the ch
 
 
 # ------------------------------------------------------------------------------ 1. arguments
+def count(least: int):
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return int(text)
+    return number
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.py", allow_abbrev=False)
     parser.error = latro.refuse
-    count = lambda least: lambda text: int(text) if int(text) >= least else latro.refuse(
-        f"{text}: must be at least {least}")
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, help="directories of runs of latro.py")
     add("--base", help="hub id or directory (default: what --ckpt was trained from)")

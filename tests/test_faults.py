@@ -326,15 +326,18 @@ def test_what_a_model_writes_cannot_steer_a_terminal(out, capsys):
     assert "\x1b" not in printed and "\\x1b[2J" in printed
 
 
-@pytest.mark.parametrize("error, is_it", [
-    (RuntimeError("[gloo] Timed out waiting 6000ms for recv operation to complete"), True),
-    (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:2048"), True),
-    (RuntimeError("shape '[2, 3]' is invalid"), False), (IndexError("timeout"), False)])
-def test_what_a_lost_peer_is(error, is_it):
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("[gloo] Timed out waiting 6000ms for recv operation to complete"), "has died"),
+    (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:2048"), "has died"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "lower --K"),
+    (RuntimeError("shape '[2, 3]' is invalid"), None), (IndexError("timeout"), None)])
+def test_what_is_no_bug(error, words, capsys):
+    """What the machine, or the other processes, are the cause of; all else is a traceback."""
     def work():
         raise error
-    if is_it:
-        assert latro.guarded("latro.py", work, "", "") == 1
+    if words:
+        assert latro.guarded("latro.py", work, "--K", "") == 1
+        assert words in capsys.readouterr().err
     else:
         with pytest.raises(type(error)):
             latro.guarded("latro.py", work, "", "")
@@ -423,6 +426,30 @@ def test_pickled_weights_are_not_read(model, tmp_path, monkeypatch, capsys):
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(os.system, "touch harm")))
     refused(model, capsys, "safetensors")
     assert not Path("harm").exists()
+
+
+WATCH = """import os, socket, sys
+def watch(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "os.system"):
+        os.write(2, f"asked: {event} {args}\\n".encode())
+    if event == "subprocess.Popen" and os.path.basename(args[0]) != "git":
+        os.write(2, f"asked: {event} {args}\\n".encode())
+sys.addaudithook(watch)
+"""
+RUN = """sys.path.insert(0, sys.argv[1])
+import latro
+sys.exit(latro.main(sys.argv[2:]))"""
+
+
+def test_no_network_and_no_shell(tmp_path, monkeypatch):
+    """A run with local files, although nobody has told it that it is offline: not one connection,
+    no name looked up, no process but git for the commit."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    run = begin("-c", WATCH + RUN, ROOT, *FLAGS, "--out", tmp_path / "out")
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0 and "asked" not in errors, errors
+    run = begin("-c", WATCH + "socket.getaddrinfo('localhost', 80)")
+    assert "asked: socket" in run.communicate(timeout=60)[1]  # it does see
 
 
 def doomed(update, how):
