@@ -199,7 +199,8 @@ def test_gains_are_paired():
 
 @pytest.mark.parametrize("flags, words", [
     ("--ckpt nowhere", ["nowhere"]), ("--ckpt {empty}", ["no model"]), ("", ["--ckpt"]),
-    ("--ckpt {run} --k 1", ["--k: 1", "at least 2"]), ("--ckpt {run} --batch 0", ["--batch: 0", "at least 1"]),
+    ("--ckpt {run} --k 1", ["--k: 1", "at least 2"]), ("--ckpt {run} --seed -1", ["--seed: -1"]),
+    ("--ckpt {run} --batch 0", ["--batch: 0", "at least 1"]),
     ("--ckpt {run} --split dev", ["dev", "--split"]), ("--ckpt {run} --data {empty}", ["test"]),
     ("--ckpt {run} --sft nowhere", ["nowhere"]), ("--ckpt {toy}", ["--task", "--data", "--base"]),
     ("--ckpt {run} --base nowhere", ["nowhere"]), ("--ckpt {run} --L 5000", ["--L", "context"]),
