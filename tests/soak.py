@@ -94,12 +94,12 @@ def watch(out: Path, steps: int, processes: int) -> list[dict[str, float]]:
     return seen
 
 
-def report(name: str, x: np.ndarray, y: np.ndarray) -> bool:
-    """Prints how y went; whether it grew by more than 1 % a thousand updates, and than noise."""
+def report(name: str, x: np.ndarray, y: np.ndarray) -> list[str]:
+    """Prints how y went; [name] where it grew by more than 1 % a thousand updates, and than noise."""
     rise, error = slope(x, y)
-    print(f"{name}: {y[0]:.3f} at update {x[0]:.0f}, {y[-1]:.3f} at {x[-1]:.0f}, most {y.max():.3f};"
-          f" {1000 * rise:+.3f} +- {1000 * error:.3f} a thousand updates")
-    return rise > 3 * error and 1000 * rise > 0.01 * y.mean()
+    print(f"{name}: {y[0]:.2f} at update {x[0]:.0f}, {y[-1]:.2f} at {x[-1]:.0f}, most {y.max():.2f},"
+          f" {1000 * rise:+.2f} +- {1000 * error:.2f} a thousand updates")
+    return [name] if rise > 3 * error and 1000 * rise > 0.01 * y.mean() else []
 
 
 def main() -> None:
@@ -112,14 +112,15 @@ def main() -> None:
         heaps = [np.loadtxt(f) for f in sorted(Path(folder, "out").glob("heap-*"))]
     seen = {name: np.array([row[name] for row in seen], float) for name in seen[0]}
     late = seen["updates"] > args.steps / 2
-    report("resident_mb", seen["updates"][late], seen["resident_mb"][late])
-    grown = [name for name in ("files", "disk_mb")
-             if report(name, seen["updates"][late], seen[name][late])]
+    resident = seen["resident_mb"][late]
+    print(f"resident_mb: from {resident.min():.0f} to {resident.max():.0f}")
+    grown = [g for k in ("files", "disk_mb") for g in report(k, seen["updates"][late], seen[k][late])]
     at, held = heaps[0][:, 0], sum(heap[:, 1] for heap in heaps) / 1e6
-    grown += ["heap_mb"] * report("heap_mb", at[at > args.steps / 2], held[at > args.steps / 2])
-    pace = [np.polyfit(seen["updates"][part], seen["seconds"][part], 1)[0] for part in (~late, late)]
-    print(f"seconds an update: {pace[0]:.3f} in the first half, {pace[1]:.3f} in the second")
-    grown += ["seconds"] * (pace[1] > 1.1 * pace[0])
+    grown += report("heap_mb", at[at > args.steps / 2], held[at > args.steps / 2])
+    halves = [(seen["updates"][half], seen["seconds"][half]) for half in (~late, late)]
+    first, second = (slope(*half)[0] for half in halves)
+    print(f"seconds an update: {first:.3f} in the first half, {second:.3f} in the second")
+    grown += ["seconds"] if second > 1.1 * first else []
     sys.exit(f"grows: {', '.join(grown)}" if grown else 0)
 
 
