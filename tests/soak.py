@@ -95,10 +95,10 @@ def watch(out: Path, steps: int, processes: int) -> list[dict[str, float]]:
 
 
 def report(name: str, x: np.ndarray, y: np.ndarray) -> list[str]:
-    """Prints how y went; [name] where it grew by more than 1 % a thousand updates, and than noise."""
+    """Prints how y went; [name] where it grew by more than noise, and 1 % a thousand updates."""
     rise, error = slope(x, y)
-    print(f"{name}: {y[0]:.2f} at update {x[0]:.0f}, {y[-1]:.2f} at {x[-1]:.0f}, most {y.max():.2f},"
-          f" {1000 * rise:+.2f} +- {1000 * error:.2f} a thousand updates")
+    print(f"{name}: {y[0]:.2f} at update {x[0]:.0f}, {y[-1]:.2f} at {x[-1]:.0f}, most"
+          f" {y.max():.2f}, {1000 * rise:+.2f} +- {1000 * error:.2f} a thousand updates")
     return [name] if rise > 3 * error and 1000 * rise > 0.01 * y.mean() else []
 
 
@@ -112,9 +112,9 @@ def main() -> None:
         heaps = [np.loadtxt(f) for f in sorted(Path(folder, "out").glob("heap-*"))]
     seen = {name: np.array([row[name] for row in seen], float) for name in seen[0]}
     late = seen["updates"] > args.steps / 2
-    resident = seen["resident_mb"][late]
+    x, resident = seen["updates"][late], seen["resident_mb"][late]
     print(f"resident_mb: from {resident.min():.0f} to {resident.max():.0f}")
-    grown = [g for k in ("files", "disk_mb") for g in report(k, seen["updates"][late], seen[k][late])]
+    grown = report("files", x, seen["files"][late]) + report("disk_mb", x, seen["disk_mb"][late])
     at, held = heaps[0][:, 0], sum(heap[:, 1] for heap in heaps) / 1e6
     grown += report("heap_mb", at[at > args.steps / 2], held[at > args.steps / 2])
     halves = [(seen["updates"][half], seen["seconds"][half]) for half in (~late, late)]
