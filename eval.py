@@ -57,6 +57,7 @@ SAVED = "task", "data", "L", "seed"  # flags of latro.py whose values are the ch
 
 # ------------------------------------------------------------------------------ 1. arguments
 def count(least: int):
+    """The type of a flag: a whole number, at least so large."""
     def number(text: str) -> int:
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")

@@ -304,7 +304,7 @@ def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
         policy, found = AutoModelForCausalLM.from_pretrained(
             args.model, dtype="auto", use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
-    except Exception as e:
+    except Exception as e:  # as above
         raise Problem(f"--model {args.model}: its weights cannot be read ({brief(e)}); fetch or"
                       " save them again, as safetensors") from e
     if absent := found["missing_keys"]:  # transformers would make them up
@@ -603,12 +603,12 @@ SHOWN = ("elbo", "ELBO"), ("logp_y", "log p(y|x+z)"), ("kl", "KL"), ("z_len", "l
 
 def report(args: Args) -> None:
     """Before and after, on the held-out questions."""
-    out, rows = Path(args.out), [logged(Path(args.out, "evals.jsonl"))[i] for i in (0, -1)]
-    looks = [r["questions"] for r in logged(out / "samples.jsonl") if r["split"] == "held-out"]
+    evals, samples = (logged(Path(args.out, f"{name}.jsonl")) for name in ("evals", "samples"))
+    rows, looks = [evals[0], evals[-1]], [r for r in samples if r["split"] == "held-out"]
     say(f"\n{rows[0]['n']:4} held-out questions     before   after")
     for k, name in (("greedy", "greedy accuracy"), ("sampled", "accuracy of a sample"), *SHOWN):
         say(f"{name:24}" + "".join("       -" if r[k] is None else f"{r[k]:8.3f}" for r in rows))
-    for a, b in zip(looks[0], looks[-1]):
+    for a, b in zip(looks[0]["questions"], looks[-1]["questions"]):
         say(f"\n{a['question']}  [{a['gold']}]\n  before: {a['text']}\n  after:  {b['text']}")
 
 def guarded(program: str, work, lower: str, kept: str) -> int:
