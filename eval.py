@@ -507,7 +507,7 @@ def grade(flags: argparse.Namespace, args: latro.Args) -> dict[str, list[dict]]:
     if not asked:
         raise Problem(f"--data {args.data}: no {flags.split} split; see --split")
     examples = latro.encode(codec, most, asked, args)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = latro.compute_dtype(device)
     load = lambda model: latro.load(dataclasses.replace(args, model=model), device, dtype)
     reference = cache(lambda: load(args.model))
     return {name: replies(name, model, reference if name == "base" else lambda: load(model),

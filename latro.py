@@ -106,11 +106,9 @@ def recall(folder: str | Path) -> dict:
     """latro.json of a run: its args, its base model; of any other directory, that nothing is known.
     Raises Problem for what this version does not write."""
     note = Path(folder, "latro.json")
-    if not note.exists():
-        return dict(args={}, base=None)
     try:
-        held = json.loads(note.read_text())
-        return dict(args=vars(Args(**held["args"])), base=held["base"])
+        held = json.loads(note.read_text()) if note.exists() else dict(args={}, base=None)
+        return dict(args=held["args"] and vars(Args(**held["args"])), base=held["base"])
     except (ValueError, TypeError, KeyError) as e:
         raise Problem(f"{note}: not what a run of this version writes ({brief(e)})") from e
 
@@ -202,20 +200,23 @@ def gather(mine: list) -> list:
     dist.all_gather_object(parts, mine)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Of forward passes; weights that learn, gradients and Adam are float32 on every device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
 def distribute(model: nn.Module, device: torch.device, dtype: torch.dtype, group: int) -> nn.Module:
     """Moves the model to its device as dtype; FSDP2 splits each block over `group` processes.
 
-    On CUDA it computes in bfloat16 and reduces in float32. One process has nothing to split: only
-    weights that it computes with in another dtype."""
-    cuda, W = device.type == "cuda", world_size()
+    One process has nothing to split, but perhaps weights in another dtype than it computes in."""
+    W, computing = world_size(), compute_dtype(device)
     sizes = (W // group, group) if 0 < group < W else (W,)
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard")[-len(sizes):])
-    mixed = fsdp.MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if cuda else ())
+    mixed = fsdp.MixedPrecisionPolicy(computing, torch.float32, cast_forward_inputs=False)
     for block in [*model.model.layers, model]:
         for p in block.parameters():
             p.data = p.data.to(device, dtype)  # not the buffers: RoPE's frequencies stay float32
         block.to(device)
-        if W > 1 or cuda and dtype == torch.float32:
+        if W > 1 or dtype != computing:
             fsdp.fully_shard(block, mesh=mesh, mp_policy=mixed)
     fsdp.register_fsdp_forward_method(model, "logprobs")
     return model
@@ -535,8 +536,8 @@ def train(args: Args) -> None:
     kernels.use(args.kernels, Problem)
     codec, questions, held_out = prepare(args)
     policy, reference = load(args, device, torch.float32), None
-    if args.objective == "latro" and args.beta > 0:  # in the dtype that the policy computes in
-        reference = load(args, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if args.objective == "latro" and args.beta > 0:
+        reference = load(args, device, compute_dtype(device))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     open_run(args)
     start, epoch = restore(args, policy, optimizer), args.questions / len(questions)
@@ -638,9 +639,7 @@ def guarded(program: str, work, lower: str, kept: str) -> int:
     return 1
 
 def begin(args: Args) -> None:
-    if args.plan:
-        return say(kernels.plan(read_model(args)[0], args, args.plan))
-    train(args)
+    say(kernels.plan(read_model(args)[0], args, args.plan)) if args.plan else train(args)
 
 def main(argv: list[str] | None = None) -> int:
     return guarded("latro.py", lambda: begin(parse(argv)), "--micro, --K, --L or --questions",
