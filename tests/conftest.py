@@ -97,10 +97,11 @@ def under_way(out):
         run.kill()
 
 
-def launch(*flags, processes=1, script=ROOT / "latro.py"):
-    """A script as a user starts it, plainly or by torchrun on a free port: its exit code, stdout
-    and stderr."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+def launch(*flags, processes=1, script=ROOT / "latro.py", torchrun=()):
+    """A script as a user starts it, plainly or by torchrun on a free port, with its own flags: its
+    exit code, stdout and stderr."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
+                *torchrun]
     process = begin(*(torchrun if processes > 1 else []), script, *flags)
     try:
         out, err = process.communicate(timeout=3600)

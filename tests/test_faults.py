@@ -252,11 +252,9 @@ def test_lock_is_given_back(out):
 def test_restart_by_torchrun_goes_on(whole, tmp_path):
     """A worker is killed in its second update; torchrun starts all anew, and they resume."""
     out = tmp_path / "out"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-                "--max-restarts", 1]
-    run = begin(*torchrun, __file__, "die", *FLAGS, "--out", out)
-    _, errors = run.communicate(timeout=300)
-    assert run.returncode == 0, errors[-3000:]
+    code, _, errors = launch("die", *FLAGS, "--out", out, processes=2, script=__file__,
+                             torchrun=["--max-restarts", 1])
+    assert code == 0, errors[-3000:]
     assert [row["step"] for row in rows(out)] == [1, 2, 3]
     assert [row["step"] for row in rows(out, "evals")] == [0, 3]
     assert rows(out)[0]["z_len"] == rows(whole)[0]["z_len"]
@@ -265,10 +263,9 @@ def test_restart_by_torchrun_goes_on(whole, tmp_path):
 def test_a_process_that_hangs(tmp_path):
     """Silence has an end, and a sentence."""
     start_time = time.monotonic()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    run = begin(*torchrun, __file__, "hang", *FLAGS, "--out", tmp_path / "out", "--timeout", 0.1)
-    _, errors = run.communicate(timeout=300)
-    assert run.returncode != 0 and time.monotonic() - start_time < 120
+    code, _, errors = launch("hang", *FLAGS, "--out", tmp_path / "out", "--timeout", 0.1,
+                             processes=2, script=__file__)
+    assert code != 0 and time.monotonic() - start_time < 120
     [line] = [s for s in errors.splitlines() if "latro.py: " in s]
     assert "hung longer than --timeout" in line and "--resume" in line
     assert f'File "{ROOT / "latro.py"}"' not in errors
@@ -277,12 +274,10 @@ def test_a_process_that_hangs(tmp_path):
 def test_numbers_of_one_process_that_go_wrong(tmp_path):
     """All stop, in the same update, with one sentence that names the other process's question."""
     out = tmp_path / "out"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    run = begin(*torchrun, __file__, "nan", *FLAGS, "--out", out)
-    _, errors = run.communicate(timeout=300)
+    code, _, errors = launch("nan", *FLAGS, "--out", out, processes=2, script=__file__)
     [line] = [s for s in errors.splitlines() if "latro.py: " in s]
     [where] = re.findall(r"train.jsonl:\d+", line)
-    assert run.returncode != 0 and "update 2" in line and "--lr" in line
+    assert code != 0 and "update 2" in line and "--lr" in line
     args = latro.recall(out)["args"]
     asked = latro.prepare(latro.Args(**args))[1]
     order = np.random.default_rng((args["seed"], 0)).permutation(len(asked))
