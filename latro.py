@@ -419,12 +419,12 @@ def save_whole(args: Args, policy, optimizer, tokenizer, step: int) -> None:
     dist.barrier()
     model, moments = states.get_state_dict(policy, optimizer)
     dcp.save(dict(model=model, optimizer=moments), checkpoint_id=fresh)
-    sums = gather([{f.name: checksum(f) for f in share(sorted(fresh.iterdir()))}])
+    sums = dict(gather([(f.name, checksum(f)) for f in share(sorted(fresh.iterdir()))]))
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole = states.get_model_state_dict(policy, options=options)
     if is_first():
         export(args, policy, whole, tokenizer)
-        write(fresh / "sums.json", json.dumps({k: v for own in sums for k, v in own.items()}))
+        write(fresh / "sums.json", json.dumps(sums))
         os.replace(fresh, kept / f"step-{step:06d}")
         for old in sorted(kept.glob("step-*"))[:-args.keep]:
             shutil.rmtree(old)
@@ -449,8 +449,8 @@ def damage(state: Path) -> list[str]:
     no run has written: a pickle that would run code."""
     try:
         sums = json.loads((state / "sums.json").read_text())
-        found = gather([changed(state, dict(share([*sums.items()])))])
-        return [wrong for part in found for wrong in part] or plain(state / ".metadata")
+        found = gather([changed(state / name, crc) for name, crc in share([*sums.items()])])
+        return [wrong for wrong in found if wrong] or plain(state / ".metadata")
     except (AttributeError, OSError, ValueError) as e:
         return [f"{state / 'sums.json'} cannot be read ({brief(e)})"]
 
@@ -506,11 +506,12 @@ def draw_batch(examples: list[Example], step: int, args: Args) -> tuple[list[int
     return slots, [examples[order[e][i]] for e, i in places]
 
 def require_numbers(batch: list[Example], rows: list[list[dict]], step: int, args: Args) -> None:
-    """Stops all processes where a log-prob is not finite, naming the questions."""
-    odd = [e.where for e, group in zip(batch, rows)
+    """Stops where a log-prob of `rows`, all processes', is not finite, and names the questions."""
+    odd = [i for i, group in enumerate(rows)
            if not all(math.isfinite(s["logp_z"] + s["logp_y"]) for s in group)]
-    if odd := [where for part in gather([odd]) for where in part]:
-        raise Problem(f"update {step + 1}: log-probs are not finite for {', '.join(odd[:5])};"
+    if odd:  # for all processes alike
+        where = [name for i, name in enumerate(gather([e.where for e in batch])) if i in odd]
+        raise Problem(f"update {step + 1}: log-probs are not finite for {', '.join(where[:5])};"
                       f" {args.out} keeps its last state; {STEADIER}")
 
 def update(policy, optimizer, step: int, args: Args) -> tuple[float, float]:
@@ -561,13 +562,13 @@ def train(args: Args) -> None:
             with timed(seconds, "backward"):
                 backward(-(s.weights * logp).sum())
             rows += records(codec, x, z, logp.detach(), s)
+        rows = gather(rows)
         require_numbers(batch, rows, step, args)
         with timed(seconds, "step"):
             norm, lr = update(policy, optimizer, step, args)
         step += 1
         drawn = dict(question=batch[0].ask, samples=rows[0])
         log(args, "samples.jsonl", dict(step=step, split="train", **drawn))
-        rows = gather(rows)
         log(args, "metrics.jsonl", dict(step=step, epoch=step * epoch, **(row := summary(rows)),
                                         grad_norm=norm, lr=lr, **speed(rows, seconds)))
         bar.set_postfix({name: f"{row[k]:.2f}" for k, name in SHOWN if row[k] is not None})

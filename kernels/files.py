@@ -69,16 +69,12 @@ def checksum(path: Path) -> int:
     return crc
 
 
-def changed(folder: Path, sums: dict[str, int]) -> list[str]:
-    """What is wrong with those of the files of a folder that `sums` names."""
-    wrong = []
-    for name, crc in sums.items():
-        try:
-            if checksum(folder / name) != crc:
-                wrong.append(f"{folder / name} is not as it was written")
-        except OSError as e:
-            wrong.append(f"{folder / name} cannot be read ({e.strerror})")
-    return wrong
+def changed(path: Path, crc: int) -> str | None:
+    """What is wrong with a file that had this checksum."""
+    try:
+        return None if checksum(path) == crc else f"{path} is not as it was written"
+    except OSError as e:
+        return f"{path} cannot be read ({e.strerror})"
 
 
 class Plain(pickle.Unpickler):

@@ -128,6 +128,11 @@ def stopping(update, last):
     return wrapped
 
 
+def gradients(policy):
+    """Whole, also where processes have a part each."""
+    return [getattr(p.grad, "full_tensor", lambda g=p.grad: g)() for p in policy.parameters()]
+
+
 def rows(out, name="metrics"):
     """The rows of a log; they must be JSON to the letter, in which NaN does not exist."""
     def refuse(constant):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from conftest import TINY, TOY, contents, launch, rows, start, stopping, untimed
+from conftest import TINY, TOY, contents, gradients, launch, rows, start, stopping, untimed
 
 import latro  # after conftest, which knows where it is: this file is also a script
 from kernels import conclude
@@ -28,7 +28,7 @@ WEIGHTS = Path("model.safetensors")
 def recording(update):
     """latro.update, and before it the whole gradient, saved by the first process."""
     def wrapped(policy, optimizer, step, args):
-        whole = [getattr(p.grad, "full_tensor", lambda g=p.grad: g)() for p in policy.parameters()]
+        whole = gradients(policy)
         if latro.is_first():
             torch.save([g.clone() for g in whole], Path(args.out, f"gradient-{step + 1}.pt"))
         return update(policy, optimizer, step, args)
@@ -52,7 +52,7 @@ def work(jobs):
     last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
     for flags, stop in jobs:
         latro.update = stopping(recording(update), stop) if stop and last else recording(update)
-        latro.rollout = short(rollout) if "short" in str(flags[-1]) else rollout
+        latro.rollout = short(rollout) if Path(flags[-1]).name in SHORT else rollout
         try:
             assert not latro.main([*map(str, flags)])
         finally:
@@ -98,7 +98,7 @@ WAYS = {  # of one process
     "micro 1": dict(micro=1), "micro 2": dict(micro=2), "micro 3 of 4": dict(micro=3),
     "checkpointing": dict(checkpointing=True),
     "checkpointing, micro 1": dict(checkpointing=True, micro=1)}
-SHORT = "short", "2 processes, short"  # where half of the questions get no rationale
+SHORT = "short", "short-in-two"  # where half of the questions get no rationale
 TWO = {"2 processes": {}, "2 processes, checkpointing, micro 1": dict(checkpointing=True, micro=1)}
 FOUR = {"4 processes, 2 copies": dict(shard=2)}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import TINY, TOY, contents, launch, rows, start, untimed
+from conftest import TINY, TOY, contents, gradients, launch, rows, start, untimed
 
 import kernels  # after conftest, which knows where it is: this file is also a script
 import latro
@@ -59,8 +59,7 @@ def test_gradient_is_that_of_float32_but_for_rounding(tmp_path, monkeypatch):
     found, update = [], latro.update
 
     def looking(policy, *rest):
-        found.append(torch.cat([getattr(p.grad, "full_tensor", lambda g=p.grad: g)().flatten()
-                                for p in policy.parameters()]))
+        found.append(torch.cat([g.flatten() for g in gradients(policy)]))
         return update(policy, *rest)
     monkeypatch.setattr(latro, "update", looking)
     flags = [*TINY, "--steps", 1, "--objective", "sft"]  # no samples, which would not be the same
