@@ -323,10 +323,10 @@ def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
 def logprobs(self: nn.Module, tree: Tree) -> Tensor:
     """(T,) log-probs of the tree's targets, nats. A method, so that FSDP's hooks surround it."""
     self.train(torch.is_grad_enabled())  # train mode is what allows checkpointing
-    h = self.model(input_ids=tree.ids, attention_mask=tree.mask, position_ids=tree.position,
-                   use_cache=False).last_hidden_state.flatten(0, 1)[tree.sources]
+    h = self.model(input_ids=tree.ids, position_ids=tree.position, layout=tree.layout,
+                   attention_mask=tree.layout.branches, use_cache=False).last_hidden_state[0]
     self.eval()
-    return token_logprobs(h, self.get_output_embeddings().weight, tree.targets, tree.temperature)
+    return token_logprobs(h[tree.sources], self.get_output_embeddings().weight, tree.targets, tree.temperature)
 
 def score(policy, reference, batch: list[Example], groups: list[list[Rationale]],
           args: Args) -> tuple[Tensor, Scores]:

@@ -17,7 +17,7 @@ from transformers import utils
 from . import reference
 from .answers import (TEMPLATE, answer_in, as_number, canonical, flexible, majority, same_answer,
                       strict)
-from .attention import attention, context, tree_mask, unsupported, window
+from .attention import attention, context, unsupported, window
 from .files import changed, checksum, claim, logged, plain, release, write
 from .planner import plan
 from .problems import Alone, Problem, brief, exhausted, lost, printable

@@ -4,26 +4,81 @@ Masks are made here; transformers hands 4D masks to the attention function as th
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FAR = 2**30  # a position behind all others
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # those that the tests cover
 
 
-def attention(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, **_):
-    """softmax(scaling q k^T + mask) v, for any number of heads to a key: grouped-query attention.
+def attention(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float,
+              layout: "Layout | None" = None, **_):
+    """softmax(scaling q k^T + mask) v: what transformers calls in every layer.
 
     q (B, heads, Q, d); k, v (B, groups, S, d); mask (B, 1, Q, S) bool, true where a query sees a
-    key: one that sees none would be NaN. Returns (B, Q, heads, d)."""
-    share = q.shape[1] // k.shape[1]
-    if q.shape[2] == 1:  # decoding: heads that share keys become queries, and no key is copied
-        o = F.scaled_dot_product_attention(
-            q.view(len(q), k.shape[1], share, q.shape[3]), k, v, mask, scale=scaling)
-        return o.view(q.shape).transpose(1, 2), None
-    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling).transpose(1, 2), None
+    key: one that sees none would be NaN. With a layout, of its S tokens. Returns
+    (B, Q, heads, d)."""
+    if layout is None:
+        return attend(q, k, v, mask, scaling).transpose(1, 2), None
+    return among_branches(q, k, v, layout, scaling), None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """(B, heads, Q, d). Heads that share keys become queries of one: no key is copied."""
+    B, heads, Q, d = q.shape
+    share = heads // k.shape[1]
+    if share > 1 < Q:
+        mask = mask.repeat(1, 1, share, 1)
+    o = F.scaled_dot_product_attention(
+        q.reshape(B, k.shape[1], share * Q, d), k, v, mask, scale=scaling)
+    return o.reshape(q.shape)
+
+
+class Layout(NamedTuple):
+    """Where S tokens, B trunks and their R branches, lie in rows of their own: P and L wide.
+
+    The M = B P + R L places are counted trunks first; a place past the end of its row holds token
+    S - 1, which nobody sees or scores."""
+
+    into: Tensor  # (M,): the token in each place
+    back: Tensor  # (S,): the place of each token
+    trunks: Tensor  # (B, 1, P, P) bool: who sees whom
+    branches: Tensor  # (R, 1, L, P + L) bool: the trunk's tokens, then those of the branch
+
+
+class Move(torch.autograd.Function):
+    """x[into], whose gradient is gathered by `back`: index_put_ would have to sort, or add in any
+    order. Places of token S - 1 have no gradient, and it takes none."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, into: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x[into]
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
+        return g[ctx.saved_tensors[0]], None, None
+
+
+def among_branches(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
+    """Attention of one row of S tokens in which each sees its trunk and its own branch: work and
+    memory of R branches with a copy of the trunk each, not S^2. Returns (1, S, heads, d)."""
+    (B, _, P, _), (R, _, L, _) = layout.trunks.shape, layout.branches.shape
+
+    def rows(t: Tensor) -> tuple[Tensor, Tensor]:
+        trunk, branch = Move.apply(t[0].transpose(0, 1), layout.into, layout.back).split(
+            [B * P, R * L])
+        return (part.view(n, -1, *part.shape[1:]).transpose(1, 2)
+                for part, n in ((trunk, B), (branch, R)))
+
+    (q, q_z), (k, k_z), (v, v_z) = map(rows, (q, k, v))
+    behind = (torch.cat([x.repeat_interleave(R // B, 0), z], 2) for x, z in ((k, k_z), (v, v_z)))
+    o = attend(q, k, v, layout.trunks, scaling), attend(q_z, *behind, layout.branches, scaling)
+    o = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in o])
+    return Move.apply(o, layout.back, layout.into)[None]
 
 
 def window(config) -> float:
@@ -40,16 +95,11 @@ def context(config) -> int:
     return config.max_position_embeddings
 
 
-def tree_mask(position: Tensor, branch: Tensor, reach: float) -> Tensor:
-    """Who sees whom in a row of trunk (branch 0) and branches: (B, S), (B, S) -> (B, 1, S, S) bool.
-
-    A token sees the trunk and its own branch, backwards, as far as `reach` in positions. Padding is
-    a branch of its own, -1."""
-    S = position.shape[1]
-    related = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
-    near = position[:, :, None] - position[:, None] < reach
-    causal = torch.ones(S, S, dtype=torch.bool, device=position.device).tril()
-    return (related & near & causal)[:, None]
+def sees(query: Tensor, key: Tensor, reach: float) -> Tensor:
+    """Who sees whom by positions in a sequence, (B, Q) and (B, S) -> (B, 1, Q, S) bool: backwards,
+    as far as `reach`. Padding is at FAR, where only padding sees it."""
+    ahead = query[:, :, None] - key[:, None]
+    return ((ahead >= 0) & (ahead < reach))[:, None]
 
 
 def unsupported(config) -> list[str]:

@@ -6,7 +6,7 @@ What a row draws hangs on its own random numbers alone, not on the rows beside i
 import torch
 from torch import Tensor
 
-from .attention import tree_mask, window
+from .attention import FAR, sees, window
 from .reference import pick_tokens
 
 
@@ -45,8 +45,8 @@ class Decoder:
         ids = torch.tensor([[0] * (self.P - len(p)) + p for p in prompts], device=device)
         real = self.column >= self.P - length[:, None]  # prompts are padded on the left
         position = (self.column[:self.P] - self.P + length[:, None]).clamp(min=0)
-        itself = torch.eye(self.P, dtype=torch.bool, device=device)[None, None]  # what a pad sees
-        mask = tree_mask(position, 0 * position, self.reach) & real[:, None, None, :self.P] | itself
+        place = position.masked_fill(~real[:, :self.P], FAR)
+        mask = sees(place, place, self.reach)
         self.real, self.length = real, length
         self.forward(ids, position, mask)
         self.select(torch.arange(K * len(prompts), device=device) // K)

@@ -22,7 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import tree_mask, window
+from .attention import FAR, Layout, sees, window
+
+GRAIN = dict(cpu=1, cuda=64)  # sizes are multiples of it: memory is used again, loads are aligned
 
 
 class Rationale(NamedTuple):
@@ -56,14 +58,15 @@ def gold_rationale(codec, z: list[int], answer: list[int]) -> Rationale:
 
 
 class Tree(NamedTuple):
-    """A row per question, S wide, and the T tokens whose log-probs are wanted.
+    """Questions and their rationales in one row of S tokens, and the T tokens whose log-probs are
+    wanted.
 
-    Hidden state sources[t] of the flattened rows predicts targets[t]: first the actions, then the y
-    of every rationale in turn."""
+    Hidden state sources[t] of the row predicts targets[t]: first the actions, then the y of every
+    rationale in turn."""
 
-    ids: Tensor  # (B, S)
-    position: Tensor  # (B, S)
-    mask: Tensor  # (B, 1, S, S) bool
+    ids: Tensor  # (1, S)
+    position: Tensor  # (1, S)
+    layout: Layout
     sources: Tensor  # (T,)
     targets: Tensor  # (T,)
     temperature: Tensor  # (T,): that of sampling on actions, 1 on y
@@ -72,24 +75,52 @@ class Tree(NamedTuple):
 
 def plant(prompts: list[list[int]], groups: list[list[Rationale]], temperature: float,
           policy) -> Tree:
-    """The trees of some prompts, each with its group of rationales, on the policy's device."""
-    rows, sources, targets, edges = [], [], [], [0]
-    S = max(len(x) + sum(r.context + len(r.y) - 1 for r in g) for x, g in zip(prompts, groups))
-    for b, (x, group) in enumerate(zip(prompts, groups, strict=True)):
-        row = [(token, p, 0) for p, token in enumerate(x)]
-        for branch, r in enumerate(group, 1):
+    """The trees of some prompts, each with its group of K rationales, on the policy's device."""
+    ids, position, sources, targets, edges, trunks, branches = [], [], [], [], [0], [], []
+    for x, group in zip(prompts, groups, strict=True):
+        trunks.append((len(ids), len(x)))
+        ids += x
+        position += range(len(x))
+        fork = len(ids) - 1
+        for r in group:
             tokens = r.actions[:r.context] + r.y[:-1]
-            path = [b * S + i for i in (len(x) - 1, *range(len(row), len(row) + len(tokens)))]
-            row += [(token, p, branch) for p, token in enumerate(tokens, len(x))]
+            branches.append((len(ids), len(tokens)))
+            path = [fork, *range(len(ids), len(ids) + len(tokens))]
             sources += path[:len(r.actions)] + path[r.context:]
             targets += r.actions + r.y
             edges += [len(targets) - len(r.y), len(targets)]
-        rows.append(row + [(0, 0, -1)] * (S - len(row)))
+            ids += tokens
+            position += range(len(x), len(x) + len(tokens))
+    layout = lay(trunks, branches, position, policy)
+    ids, position = (values + [0] * (len(layout.back) - len(values)) for values in (ids, position))
+    ids, position, sources, targets, edges = (
+        torch.tensor(t).to(policy.device) for t in (ids, position, sources, targets, edges))
+    heat = torch.tensor([temperature, 1.0], device=policy.device)
+    heat = heat.repeat(len(edges) // 2).repeat_interleave(edges.diff(), output_size=len(targets))
+    return Tree(ids[None], position[None], layout, sources, targets, heat,
+                [edges[:-1:2], edges[1::2], edges[2::2]])
 
-    def tensor(values: list) -> Tensor:
-        return torch.tensor(values, device=policy.device)
 
-    (ids, position, branch), edges = tensor(rows).unbind(-1), tensor(edges)
-    heat = tensor([temperature, 1.0]).repeat(len(edges) // 2).repeat_interleave(edges.diff())
-    return Tree(ids, position, tree_mask(position, branch, window(policy.config)), tensor(sources),
-                tensor(targets), heat, [edges[:-1:2], edges[1::2], edges[2::2]])
+def lay(trunks: list[tuple[int, int]], branches: list[tuple[int, int]], position: list[int],
+        policy) -> Layout:
+    """The layout of trunks and branches, first token and length each, of tokens at `position`; at
+    least one place and one token more than are needed."""
+    n, grain = len(position), GRAIN[policy.device.type]
+    above = lambda size: size + grain - size % grain
+    S = above(n)
+
+    def rows(spans: list[tuple[int, int]]) -> Tensor:
+        start, length = torch.tensor(spans).T[..., None]
+        column = torch.arange(above(int(length.max())))
+        return torch.where(column < length, start + column, S - 1)
+
+    trunk, branch = rows(trunks), rows(branches)
+    into = torch.cat([trunk.flatten(), branch.flatten()])
+    back, taken = torch.full((S,), trunk.shape[1] - 1), into < n
+    back[into[taken]] = taken.nonzero()[:, 0]
+    place = torch.tensor(position + [FAR] * (S - n))
+    into, back, trunk, branch = (
+        t.to(policy.device) for t in (into, back, place[trunk], place[branch]))
+    behind = torch.cat([trunk.repeat_interleave(len(branches) // len(trunks), 0), branch], 1)
+    reach = window(policy.config)
+    return Layout(into, back, sees(trunk, trunk, reach), sees(branch, behind, reach))

@@ -90,7 +90,7 @@ def test_activations(name, dtype, checkpointing):
     planned, copy = planner.moments(s, e), s.S * s.H * e * (name == "phi3")
     with Alive(policy) as alive:
         t = tree(policy)
-        h = policy.model(input_ids=t.ids, attention_mask=t.mask, position_ids=t.position,
+        h = policy.model(input_ids=t.ids, attention_mask=t.layout.branches, layout=t.layout, position_ids=t.position,
                          use_cache=False).last_hidden_state
         copies = copy * (1 if checkpointing else s.layers)
         kept = planned["head"]["activations"] + (0 if checkpointing else copies)

@@ -120,21 +120,70 @@ def test_the_window_matters(name):
 
 def test_a_tree_written_out():
     """Two prompts; z by template, by EOS and by L; pads; the rows of the mask, one by one."""
-    policy = SimpleNamespace(device="cpu", config=SimpleNamespace(sliding_window=3))
+    policy = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(sliding_window=3))
     by = lambda draw, y: kernels.conclude(CODEC, *draw, y, "answer")
-    groups = [[by(([1, 3], 2, 1), [12]), by(([2, 7], 2, -1), [13, 14])], [by(([6], 1, 0), [12])]]
+    groups = [[by(([1, 3], 2, 1), [12]), by(([2, 7], 2, -1), [13, 14])],
+              [by(([6], 1, 0), [12]), by(([7], 1, -1), [12])]]
     tree = kernels.plant([[20, 21], [22]], groups, 0.5, policy)
-    assert tree.ids.tolist() == [[20, 21, 1, 3, 2, 4, 5, 13], [22, 6, 4, 5, 0, 0, 0, 0]]
-    assert tree.position.tolist() == [[0, 1, 2, 3, 2, 3, 4, 5], [0, 1, 2, 3, 0, 0, 0, 0]]
-    assert tree.targets.tolist() == [1, 3, 12, 2, 7, 4, 5, 13, 14, 6, 4, 5, 12]
-    assert tree.sources.tolist() == [1, 2, 3, 1, 4, 4, 5, 6, 7, 8, 9, 10, 11]
-    assert tree.temperature.tolist() == [.5, .5, 1, .5, .5, 1, 1, 1, 1, .5, 1, 1, 1]
-    assert [t.tolist() for t in tree.offsets] == [[0, 3, 9], [2, 5, 10], [3, 9, 13]]
-    sees = [["".join(map(str, q)) for q in b] for b in tree.mask[:, 0].int().tolist()]
-    assert sees[0] == ["10000000", "11000000", "11100000", "01110000",
-                       "11001000", "01001100", "00001110", "00000111"]
-    assert sees[1][:4] == ["10000000", "11000000", "11100000", "01110000"]
-    assert tree.mask.any(-1).all()  # a query that sees nothing would be NaN
+    assert tree.ids.tolist() == [[20, 21, 1, 3, 2, 4, 5, 13, 22, 6, 4, 5, 3, 0]]
+    assert tree.position.tolist() == [[0, 1, 2, 3, 2, 3, 4, 5, 0, 1, 2, 3, 1, 0]]
+    assert tree.targets.tolist() == [1, 3, 12, 2, 7, 4, 5, 13, 14, 6, 4, 5, 12, 7, 3, 12]
+    assert tree.sources.tolist() == [1, 2, 3, 1, 4, 4, 5, 6, 7, 8, 9, 10, 11, 8, 8, 12]
+    assert tree.temperature.tolist() == [.5, .5, 1, .5, .5, 1, 1, 1, 1, .5, 1, 1, 1, .5, 1, 1]
+    assert [t.tolist() for t in tree.offsets] == [[0, 3, 9, 13], [2, 5, 10, 14], [3, 9, 13, 16]]
+    into, back, trunks, branches = tree.layout
+    rows = [[0, 1, 13], [8, 13, 13],  # trunks, with a place to spare, which is token 13's
+            [2, 3, 13, 13, 13], [4, 5, 6, 7, 13], [9, 10, 11, 13, 13], [12, 13, 13, 13, 13]]
+    assert into.tolist() == sum(rows, [])
+    assert [into[i] for i in back] == [*range(14)]
+    written = lambda mask: [["".join(map(str, q)) for q in b] for b in mask[:, 0].int().tolist()]
+    assert written(trunks) == [["100", "110", "001"], ["100", "011", "011"]]
+    assert written(branches)[:2] == [["11010000", "01011000", *["00100111"] * 3],
+                                     ["11010000", "01011000", "00011100", "00001110", "00100001"]]
+    assert written(branches)[2][:3] == ["10010000", "10011000", "00011100"]
+
+
+def test_attention_over_branches_is_attention_over_all():
+    """Values and gradients of an S x S mask in float64; token S - 1 moves nothing and is not
+    moved."""
+    torch.manual_seed(0)
+    trunks, branches, S, d = [(0, 3), (12, 1)], [(3, 4), (7, 5), (13, 1), (14, 6)], 21, 6
+    branch = torch.tensor([0] * 3 + [1] * 4 + [2] * 5 + [3] + [4] + [5] * 6 + [6])
+    tree = torch.tensor([0] * 12 + [1] * 8 + [2])
+    position = [*range(3), *range(3, 7), *range(3, 8), 0, 1, *range(1, 7)]
+    place = torch.tensor(position + [0])
+    policy = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(sliding_window=4))
+    layout = kernels.tree.lay(trunks, branches, position, policy)
+    trunk = (branch == 0) | (branch == 3)
+    related = (branch == branch[:, None]) | trunk & (tree == tree[:, None])
+    ahead = place[:, None] - place
+    mask = related & (ahead >= 0) & (ahead < 4) & (torch.arange(S)[:, None] >= torch.arange(S))
+    q, k, v = (torch.randn(1, heads, S, d, dtype=torch.float64, requires_grad=True)
+               for heads in (6, 2, 2))
+    upstream = torch.randn(1, S, 6, d, dtype=torch.float64)
+    upstream[:, -1] = 0  # nobody scores it
+    wide = [t.repeat_interleave(3, 1) for t in (k, v)]
+    wanted = nn.functional.scaled_dot_product_attention(q, *wide, mask[None, None], scale=0.3)
+    found, _ = kernels.attention(None, q, k, v, layout.branches, 0.3, layout=layout)
+    assert (found - wanted.transpose(1, 2))[:, :-1].abs().max() < 1e-14
+    for a, b in zip(torch.autograd.grad((found * upstream).sum(), (q, k, v)), torch.autograd.grad(
+            (wanted.transpose(1, 2) * upstream).sum(), (q, k, v))):
+        assert (a - b).abs().max() < 1e-14 and (a[:, :, -1] == 0).all()
+
+
+def test_rounded_sizes(monkeypatch):
+    """As on a GPU: more places, more tokens that nobody sees, the same numbers."""
+    policy, groups = model("mistral_window", dtype=torch.float64), ragged("answer")
+    sizes, values = [], []
+    for grain in (1, 8):
+        monkeypatch.setitem(kernels.tree.GRAIN, "cpu", grain)
+        tree = kernels.plant(PROMPTS, groups, 1.0, policy)
+        sizes.append([tree.ids.numel(), *tree.layout.trunks.shape, *tree.layout.branches.shape])
+        logp = policy.logprobs(tree)
+        values.append((logp.detach(), gradients(policy, logp)))
+    assert all(n % 8 == 0 for n in (sizes[1][i] for i in (0, 3, 4, 7, 8))) and sizes[0] != sizes[1]
+    for a, b in zip(*values):
+        assert (a - b).abs().max() < 1e-12
 
 
 @each_model
