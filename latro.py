@@ -42,8 +42,8 @@ import kernels  # before transformers: see there
 import transformers
 from kernels import (TASKS, Alone, Codec, Example, Problem, Rationale, Scores, Tree, answer_in,
                      brief, changed, checksum, claim, conclude, exhausted, gold_rationale, logged,
-                     lost, plain, plant, printable, read_rows, records, release, same_answer,
-                     sample, score_given, score_rationales, summary, token_logprobs, write)
+                     lost, packs, plain, plant, printable, read_rows, records, release, same_answer,
+                     sample, score_given, score_rationales, summary, token_logprobs, tree_size, write)
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -73,7 +73,7 @@ class Args:
     beta: float = flag(0.05, "weight of the KL to the starting policy; 0 loads none", least=0)
     temperature: float = flag(1.0, "of sampling z, and of pi(z|x) in the objective", least=1e-3)
     questions: int = flag(None, "questions an update, over all processes (3 each)", least=1)
-    micro: int = flag(1, "questions a forward", least=1)
+    micro: int = flag(8192, "tokens a forward; a question's go together", least=1)
     steps: int = flag(None, "updates (or give --epochs)", least=1)
     epochs: float = flag(6.0, "passes over the training questions (or give --steps)", least=1e-9)
     lr: float = flag(5e-7, "peak learning rate of AdamW, falling linearly to 0", least=0)
@@ -97,7 +97,7 @@ FREE = "resume", "out", "micro", "kernels", "keep", "timeout"  # may change whil
 
 PRESETS = {  # where a task differs from the paper's GSM8K run, which the defaults above are
     "toy": dict(model=str(HERE / "toy/model"), data=str(HERE / "toy"), L=48, lr=3e-4, steps=50,
-                epochs=None, questions=8, micro=8, eval_every=0, save_every=0, checkpointing=False),
+                epochs=None, questions=8, micro=4096, eval_every=0, save_every=0, checkpointing=False),
     "gsm8k": dict(data="openai/gsm8k"),
     "arc_challenge": dict(data="allenai/ai2_arc", beta=0.25, epochs=12.0),
 }
@@ -200,6 +200,13 @@ def gather(mine: list) -> list:
     dist.all_gather_object(parts, mine)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
+def deal(sizes: list[int], budget: int) -> list[list[int]]:
+    """Which of all processes' items this one takes, pass by pass, each within the budget: all make
+    as many passes, at the same time over about as much."""
+    W, order = world_size(), sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+    return [[order[W * i + dist.get_rank()] for i in some]
+            for some in packs([sizes[i] for i in order[::W]], budget)]
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Of forward passes; weights that learn, gradients and Adam are float32 on every device."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -223,16 +230,20 @@ def distribute(model: nn.Module, device: torch.device, dtype: torch.dtype, group
 
 @contextmanager
 def gathered(*models: nn.Module | None) -> Iterator[None]:
-    """Whole weights inside: decoding gathers a parameter once, not once a token."""
-    shards = [(m, m is root) for root in models if root is not None for m in root.modules()
+    """Whole weights inside, and layers free of FSDP's hooks: decoding gathers a parameter once, not
+    once a token, and a CUDA graph can record it."""
+    shards = [m for root in models if root is not None for m in root.modules()
               if isinstance(m, fsdp.FSDPModule)]
-    for m, _ in shards:
-        m.set_reshard_after_forward(False, recurse=False)
+    hooks = [(of, dict(of)) for m in shards for of in (m._forward_pre_hooks, m._forward_hooks)]
+    for m in shards:
         m.unshard()
+    for of, _ in hooks:
+        of.clear()
     yield
-    for m, is_root in shards:
+    for of, held in hooks:
+        of.update(held)
+    for m in shards:
         m.reshard()
-        m.set_reshard_after_forward(not is_root, recurse=False)
 
 def backward(loss: Tensor) -> None:
     """Adds the gradient of the sum of all processes' losses; FSDP would take their mean."""
@@ -313,6 +324,7 @@ def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
                       f" {min(absent)}; fetch or save them again")
     policy.set_attn_implementation("latro")
     policy.logprobs = logprobs.__get__(policy)
+    policy.model.rotary_emb.rope_type = "default"  # no row grows beyond what its frequencies are for
     for m in policy.modules():
         if isinstance(m, nn.Dropout):
             m.p = 0.0  # what is sampled and what is scored must be one policy
@@ -362,10 +374,13 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
         for slots, batch in (zip(*mine[i:i + size]) for i in range(0, len(mine), size)):
             best = rollout(policy, codec, batch, slots, 0, args, 1, room, greedy=True)
             drawn = rollout(policy, codec, batch, slots, 0, args, k, room)
-            for e, (greedy,), group in zip(batch, best, drawn):
-                [rows] = records(codec, [e], [group], *score(policy, reference, [e], [group], args))
-                done.append(dict(question=e.ask, gold=e.gold, **reply(e, greedy),
-                                 samples=[row | reply(e, r) for row, r in zip(rows, group)]))
+            rows = []
+            for some in packs([*map(tree_size, batch, drawn)], args.micro):
+                part = [batch[i] for i in some], [drawn[i] for i in some]
+                rows += records(codec, *part, *score(policy, reference, *part, args))
+            done += [dict(question=e.ask, gold=e.gold, **reply(e, greedy),
+                          samples=[s | reply(e, r) for s, r in zip(row, group)])
+                     for e, (greedy,), group, row in zip(batch, best, drawn, rows)]
     return gather(done)
 
 # ------------------------------------------------------------------------------ 6. out/
@@ -498,20 +513,19 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         torch.cuda.synchronize()
     seconds[phase] += time.perf_counter() - start
 
-def draw_batch(examples: list[Example], step: int, args: Args) -> tuple[list[int], list[Example]]:
-    """This process's slots of an update, and their questions; every epoch has its own order."""
-    slots, n = share([*range(args.questions)]), len(examples)
-    places = [divmod(step * args.questions + slot, n) for slot in slots]  # epoch, place in it
+def draw_batch(examples: list[Example], step: int, args: Args) -> list[Example]:
+    """The questions of an update, all processes'; every epoch has its own order."""
+    first, n = step * args.questions, len(examples)
+    places = [divmod(i, n) for i in range(first, first + args.questions)]  # epoch, place in it
     order = {e: np.random.default_rng((args.seed, e)).permutation(n) for e, _ in places}
-    return slots, [examples[order[e][i]] for e, i in places]
+    return [examples[order[e][i]] for e, i in places]
 
 def require_numbers(batch: list[Example], rows: list[list[dict]], step: int, args: Args) -> None:
-    """Stops where a log-prob of `rows`, all processes', is not finite, and names the questions."""
-    odd = [i for i, group in enumerate(rows)
+    """Stops where a log-prob is not finite, and names the questions; all processes alike."""
+    odd = [e.where for e, group in zip(batch, rows)
            if not all(math.isfinite(s["logp_z"] + s["logp_y"]) for s in group)]
-    if odd:  # for all processes alike
-        where = [name for i, name in enumerate(gather([e.where for e in batch])) if i in odd]
-        raise Problem(f"update {step + 1}: log-probs are not finite for {', '.join(where[:5])};"
+    if odd:
+        raise Problem(f"update {step + 1}: log-probs are not finite for {', '.join(odd[:5])};"
                       f" {args.out} keeps its last state; {STEADIER}")
 
 def update(policy, optimizer, step: int, args: Args) -> tuple[float, float]:
@@ -549,20 +563,21 @@ def train(args: Args) -> None:
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=not is_first())
     for step in bar:
         seconds, rows = dict.fromkeys(("sample", "score", "backward", "step"), 0.0), []
-        slots, batch = draw_batch(questions, step, args)
+        batch = draw_batch(questions, step, args)
         if args.objective == "sft":
             groups = [[gold_rationale(codec, e.z, e.answer)] for e in batch]
         else:
             with timed(seconds, "sample"), gathered(policy):
-                groups = rollout(policy, codec, batch, slots, step + 1, args, args.K)
-        for i in range(0, len(batch), args.micro):
-            x, z = batch[i:i + args.micro], groups[i:i + args.micro]
+                mine, slots = share(batch), share(range(len(batch)))
+                groups = gather(rollout(policy, codec, mine, slots, step + 1, args, args.K))
+        for some in deal([*map(tree_size, batch, groups)], args.micro):
+            x, z = [batch[i] for i in some], [groups[i] for i in some]
             with timed(seconds, "score"):
                 logp, s = score(policy, reference, x, z, args)
             with timed(seconds, "backward"):
                 backward(-(s.weights * logp).sum())
-            rows += records(codec, x, z, logp.detach(), s)
-        rows = gather(rows)
+            rows += zip(some, records(codec, x, z, logp.detach(), s))
+        rows = [row for _, row in sorted(gather(rows), key=lambda r: r[0])]
         require_numbers(batch, rows, step, args)
         with timed(seconds, "step"):
             norm, lr = update(policy, optimizer, step, args)

@@ -25,7 +25,7 @@ from .records import records, summary
 from .reference import Scores, pick_tokens, score_given, span_sums
 from .sampler import sample
 from .tasks import TASKS, Codec, Example, read_rows
-from .tree import Rationale, Tree, conclude, gold_rationale, plant
+from .tree import Rationale, Tree, conclude, gold_rationale, packs, plant, tree_size
 
 for module in (utils, utils.import_utils):
     module.is_kernels_available = lambda *_, **__: False

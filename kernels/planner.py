@@ -16,8 +16,11 @@ A card holds some 6 % more than its name says, which must do for these.
 
 import torch
 
+from .sampler import PACES
+
 CARDS = 16, 24, 40, 48, 80, 96, 141, 192  # GB
 FLOPS, BANDWIDTH, SHARE = 989e12, 3.35e12, 0.4  # an H100's, bfloat16; the share of both assumed
+COLUMNS = PACES["cuda"].columns  # of the cache are made at a time
 DZ = 2**28  # DZ_BYTES of token_logprob.py, which cannot be imported without Triton
 
 
@@ -40,10 +43,14 @@ class Shape:
             config.num_attention_heads, config.num_key_value_heads))
         self.normed = self.H + self.G if hasattr(block.self_attn, "q_norm") else 0
         self.W, self.group, self.questions = W, args.shard or W, args.questions // W
-        self.micro, self.rows = min(args.micro, self.questions), self.questions * args.K
+        self.rows = self.questions * args.K
         self.K = args.K if args.objective == "latro" else 1  # of an update's tree
         self.x, self.y, self.L, self.T = x, y, args.L, self.K * (args.L + y)
-        self.S = x + self.T - self.K  # the last token of y predicts nothing
+        self.S = x + self.T - self.K + 1  # the last token of y predicts nothing; one for padding
+        self.trees = max(1, min(self.questions, args.micro / self.S))  # of a forward pass
+        self.places = x + self.T  # of queries in rows of their own; what those rows see:
+        self.seen = x + self.K * x + self.T
+        self.pairs = x * x + self.T * (x + args.L + y)
         self.reference = args.objective == "latro" and args.beta > 0
         self.checkpointing = args.checkpointing
 
@@ -54,10 +61,13 @@ class Shape:
     def block_bytes(self, e: int) -> int:
         """What the gradient of a block needs of a tree; e: bytes of a number.
 
-        A norm keeps its input in float32, it normalised, and what it returns; attention q, k, v,
-        its output, and the mask as numbers; the MLP gate, its SiLU, up, and their product."""
+        A norm keeps its input in float32, it normalised, and what it returns; attention q, k and v
+        of the rows, what it returns, moved back too, and the mask as numbers; the MLP gate, its
+        SiLU, up, and their product."""
         norms = 2 * self.D * (4 + 2 * e) + self.normed * (4 + e)
-        return self.S * (norms + e * (4 * self.H + self.S + 4 * self.mlp))
+        heads = self.H // self.G
+        attention = self.places * 2 * (self.H + self.G) + self.seen * 2 * self.G + self.pairs * heads
+        return self.S * (norms + e * (self.H + 4 * self.mlp)) + e * attention
 
     def cache(self, tokens: float, e: int = 2) -> float:
         """Bytes of the keys and values of all rows of a rollout, of so many tokens each."""
@@ -71,29 +81,32 @@ def moments(s: Shape, e: int = 2) -> dict[str, dict[str, float]]:
     rest = dict(weights=4 * s.held(), Adam=8 * s.held() + 4 * len(s.parameters))
     rest |= dict(reference=e * s.held()) if s.reference else {}
 
+    def wide(tokens: int) -> int:
+        return -(-tokens // COLUMNS) * COLUMNS
+
     def rollout(gathered: int, tokens: int) -> dict[str, float]:
-        more = 1 + 1 / s.layers  # rows that end are dropped from one layer after the other
-        return rest | dict(gathered=e * gathered, cache=s.cache(tokens, e) * more,
-                           logits=s.rows * s.V * (e + 20))  # float64 to draw from, twice
+        more = 1 + 1 / (4 * s.layers)  # keys, or values, of half of the rows move at a time
+        return rest | dict(gathered=e * gathered, cache=s.cache(wide(tokens), e) * more,
+                           logits=24 * s.rows * s.V)  # logits, p and one between, and recorded
     kept = s.layers * (e * s.S * s.D if s.checkpointing else s.block_bytes(e))
-    kept = s.micro * (kept + s.S * (s.S + 2 * e * s.width))  # the mask; cosines and sines
+    kept = s.trees * (kept + s.pairs + s.S * 2 * e * s.width)  # masks; cosines and sines
     again = s.checkpointing * s.block_bytes(e) + e * s.S * (s.D + 2 * s.mlp)
-    T, root, dW = s.micro * s.T, e * s.root * both, e * s.V * s.D
+    T, root, dW = s.trees * s.T, e * s.root * both, e * s.V * s.D
     known = rest | dict(gradients=4 * s.held())
     return dict(
         sample=rollout(s.n, s.x + s.L),
-        head=known | dict(gathered=root, activations=kept + s.micro * s.S * s.D * (4 + 2 * e),
+        head=known | dict(gathered=root, activations=kept + s.trees * s.S * s.D * (4 + 2 * e),
                           logprobs=dW + T * s.D * (2 * e + 4) + min(DZ, e * T * s.V)),
         layer=known | dict(gathered=root + dW + (3 * e + 4) * s.block,
-                           activations=kept + s.micro * again),
+                           activations=kept + s.trees * again),
         reduce=known | dict(gathered=root + (e + 4) * s.root),
         evaluate=rollout(s.n * both, s.x + s.L + s.y))
 
 
 def flops(s: Shape) -> float:
-    """Of an update's forward and backward passes, on all GPUs; attention computes all of S x S."""
+    """Of an update's forward and backward passes, on all GPUs."""
     passes = 3 + s.checkpointing + s.reference  # a backward pass costs two forward ones
-    blocks = 2 * s.S * s.layers * s.block + 4 * s.S**2 * s.H * s.layers
+    blocks = 2 * s.S * s.layers * s.block + 4 * s.pairs * s.H * s.layers
     spared = s.checkpointing * 2 * s.S * s.layers * s.mlp * s.D  # a block's last product
     head = 2 * s.T * s.V * s.D * (4 + s.reference)  # of which its backward pass is 3
     return s.W * s.questions * (passes * blocks - spared + head)

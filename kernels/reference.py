@@ -11,10 +11,12 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 2**25  # logits alive at once: 128 MiB of float32
+BLOCK = 64  # tokens of the vocabulary that pick_tokens sums first
 
 
 class Scores(NamedTuple):
@@ -63,13 +65,28 @@ def span_sums(logp: Tensor, z_start: Tensor, y_start: Tensor, end: Tensor) -> tu
 def pick_tokens(logits: Tensor, uniform: Tensor | None, temperature: float) -> Tensor:
     """The token on which `uniform` (rows,) in [0, 1) falls in its distribution; None: the top one.
 
-    logits (rows, V) -> (rows,). The inverse of the distribution function, in float64: what a row
-    draws hangs on its own number alone, not on the rows beside it."""
+    logits (rows, V) -> (rows,). The inverse of the distribution function, summed in float64: what a
+    row draws hangs on its own number alone, not on the rows beside it. First a block of tokens,
+    then one of its tokens, so that V numbers are summed but only one block is accumulated."""
     if uniform is None:
         return logits.argmax(-1)
-    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
-    return token.clamp(max=logits.shape[-1] - 1)  # NaN would point past the vocabulary
+    p = (logits if temperature == 1 else logits / temperature).softmax(-1)
+    rest = -p.shape[1] % BLOCK
+    blocks = (F.pad(p, (0, rest)) if rest else p).unflatten(1, (-1, BLOCK))
+    total = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    goal = uniform[:, None] * total[:, -1:]
+    block = upto(total, goal)
+    below = F.pad(total, (1, 0)).gather(1, block)
+    inside = blocks.take_along_dim(block[..., None], 1)[:, 0].double().cumsum(-1)
+    return (block * BLOCK + upto(inside, goal - below))[:, 0]
+
+
+def upto(cdf: Tensor, goal: Tensor) -> Tensor:
+    """The first place where cdf (rows, n) exceeds goal (rows, 1), or where it stops rising: the
+    last thing that can happen, if rounding puts the goal behind it. NaN: 0."""
+    goal = goal.minimum(cdf[:, -1:].nextafter(cdf.new_zeros(())))
+    place = torch.searchsorted(cdf, goal, right=True)
+    return place.masked_fill(place == cdf.shape[1], 0)
 
 
 @torch.no_grad()

@@ -73,6 +73,23 @@ class Tree(NamedTuple):
     offsets: list[Tensor]  # z_start, y_start, end in T of each rationale: (N,) each
 
 
+def tree_size(example, group: list[Rationale]) -> int:
+    """Tokens of a question and its rationales."""
+    return len(example.x) + sum(r.context + len(r.y) - 1 for r in group)
+
+
+def packs(sizes: list[int], budget: int) -> list[list[int]]:
+    """Neighbours that share a forward pass: their sizes add up to the budget at most, or it is a
+    single one."""
+    found, left = [], 0
+    for i, size in enumerate(sizes):
+        if size > left:
+            found, left = [*found, []], budget
+        found[-1].append(i)
+        left -= size
+    return found
+
+
 def plant(prompts: list[list[int]], groups: list[list[Rationale]], temperature: float,
           policy) -> Tree:
     """The trees of some prompts, each with its group of K rationales, on the policy's device."""
