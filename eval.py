@@ -40,8 +40,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import latro  # before transformers: see there
-from kernels import (as_number, canonical, flexible, gold_rationale, logged, majority, printable,
-                     records, same_answer, summary, write)
+from kernels import (as_number, canonical, facts, flexible, gold_rationale, logged, majority,
+                     printable, records, same_answer, summary, write)
 from latro import Example, Problem
 
 RESAMPLES = 10_000
@@ -522,7 +522,7 @@ def publish(rows: dict[str, list[dict]], flags: argparse.Namespace, args: latro.
     print(f"\n{len(rows['base'])} questions of {args.data}, {flags.split}\n")
     print(table(found, flags.k), end="\n\n")
     print(*(verdict(name, "base", found[name]) for name in [*rows][1:]), sep="\n")
-    held = latro.facts() | dict(command=command, models=named(flags, args.model),
+    held = facts(latro.world_size()) | dict(command=command, models=named(flags, args.model),
                                 settings=dataclasses.asdict(args), results=found, rows=rows)
     write(out / "eval.json", json.dumps(held))
     write(out / "eval.md", markdown(found, flags.k))

@@ -21,7 +21,7 @@ logp_z, logp0_z, logp_y  log pi(z|x), log pi_0(z|x), log pi(y|x+z): sums over to
 r, A                     reward and leave-one-out advantage of a rationale, nats
 """
 
-import argparse, dataclasses, json, math, os, resource, shutil, signal, subprocess, sys, time
+import argparse, dataclasses, json, math, os, resource, shutil, signal, sys, time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +43,8 @@ import transformers
 from kernels import (TASKS, Alone, Codec, Example, Problem, Rationale, Scores, Tree, answer_in,
                      brief, changed, checksum, claim, conclude, exhausted, gold_rationale, logged,
                      lost, packs, plain, plant, printable, read_rows, records, release, same_answer,
-                     sample, score_given, score_rationales, summary, token_logprobs, tree_size, write)
+                     sample, score_given, score_rationales, speed, summary, token_logprobs,
+                     tree_size, write)
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -87,17 +88,17 @@ class Args:
     keep: int = flag(2, "states to keep: should the last one be damaged", least=1)
     shard: int = flag(0, "processes that share one copy of the weights; 0: all", least=0)
     timeout: float = flag(30.0, "minutes that processes wait for each other", least=1e-3)
-    checkpointing: bool = flag(True, "recompute activations in the backward pass")
+    checkpointing: bool = flag(None, "recompute activations in the backward pass; None: if needed")
     seed: int = flag(0, "of the data order and the samples", least=0)
     resume: bool = flag(False, "go on from the last checkpoint in --out")
     plan: int = flag(0, "GPUs to plan for: print what a run on them needs, and end", least=0)
     kernels: str = flag("auto", "the fused operations", kernels.BACKENDS)
 
-FREE = "resume", "out", "micro", "kernels", "keep", "timeout"  # may change while a run goes on
+FREE = "resume", "out", "micro", "checkpointing", "kernels", "keep", "timeout"  # change nothing
 
 PRESETS = {  # where a task differs from the paper's GSM8K run, which the defaults above are
     "toy": dict(model=str(HERE / "toy/model"), data=str(HERE / "toy"), L=48, lr=3e-4, steps=50,
-                epochs=None, questions=8, micro=4096, eval_every=0, save_every=0, checkpointing=False),
+                epochs=None, questions=8, eval_every=0, save_every=0),
     "gsm8k": dict(data="openai/gsm8k"),
     "arc_challenge": dict(data="allenai/ai2_arc", beta=0.25, epochs=12.0),
 }
@@ -201,8 +202,7 @@ def gather(mine: list) -> list:
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 def deal(sizes: list[int], budget: int) -> list[list[int]]:
-    """Which of all processes' items this one takes, pass by pass, each within the budget: all make
-    as many passes, at the same time over about as much."""
+    """Which of all items this process takes, pass by pass: all make as many, each about as large."""
     W, order = world_size(), sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
     return [[order[W * i + dist.get_rank()] for i in some]
             for some in packs([sizes[i] for i in order[::W]], budget)]
@@ -230,8 +230,7 @@ def distribute(model: nn.Module, device: torch.device, dtype: torch.dtype, group
 
 @contextmanager
 def gathered(*models: nn.Module | None) -> Iterator[None]:
-    """Whole weights inside, and layers free of FSDP's hooks: decoding gathers a parameter once, not
-    once a token, and a CUDA graph can record it."""
+    """Whole weights inside, gathered once, not once a token; no FSDP hooks, for CUDA graphs."""
     shards = [m for root in models if root is not None for m in root.modules()
               if isinstance(m, fsdp.FSDPModule)]
     hooks = [(of, dict(of)) for m in shards for of in (m._forward_pre_hooks, m._forward_hooks)]
@@ -322,13 +321,8 @@ def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
     if absent := found["missing_keys"]:  # transformers would make them up
         raise Problem(f"--model {args.model}: its files lack {len(absent)} weights, such as"
                       f" {min(absent)}; fetch or save them again")
-    policy.set_attn_implementation("latro")
-    policy.logprobs = logprobs.__get__(policy)
-    policy.model.rotary_emb.rope_type = "default"  # no row grows beyond what its frequencies are for
-    for m in policy.modules():
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0  # what is sampled and what is scored must be one policy
-    if args.checkpointing:
+    policy.logprobs = logprobs.__get__(kernels.adopt(policy))
+    if kernels.crowded(policy.config, args, world_size(), device):
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
     return distribute(policy, device, dtype, args.shard)
 
@@ -338,7 +332,8 @@ def logprobs(self: nn.Module, tree: Tree) -> Tensor:
     h = self.model(input_ids=tree.ids, position_ids=tree.position, layout=tree.layout,
                    attention_mask=tree.layout.branches, use_cache=False).last_hidden_state[0]
     self.eval()
-    return token_logprobs(h[tree.sources], self.get_output_embeddings().weight, tree.targets, tree.temperature)
+    head = self.get_output_embeddings().weight
+    return token_logprobs(h[tree.sources], head, tree.targets, tree.temperature)
 
 def score(policy, reference, batch: list[Example], groups: list[list[Rationale]],
           args: Args) -> tuple[Tensor, Scores]:
@@ -376,7 +371,7 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
             drawn = rollout(policy, codec, batch, slots, 0, args, k, room)
             rows = []
             for some in packs([*map(tree_size, batch, drawn)], args.micro):
-                part = [batch[i] for i in some], [drawn[i] for i in some]
+                part = [*zip(*((batch[i], drawn[i]) for i in some))]
                 rows += records(codec, *part, *score(policy, reference, *part, args))
             done += [dict(question=e.ask, gold=e.gold, **reply(e, greedy),
                           samples=[s | reply(e, r) for s, r in zip(row, group)])
@@ -390,15 +385,6 @@ def log(args: Args, name: str, row: dict) -> None:
         with open(Path(args.out, name), "a") as f:
             f.write(json.dumps(row) + "\n")
 
-def facts() -> dict:
-    """What the numbers of a run hang on, beside its settings."""
-    git = ["git", "-C", HERE, "rev-parse", "HEAD"]
-    return dict(
-        commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        torch=torch.__version__, transformers=transformers.__version__, python=sys.version,
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        cores=os.cpu_count(), processes=world_size())
-
 def open_run(args: Args) -> None:
     """Makes --out, locks it, and notes there what the run was asked to do."""
     out = Path(args.out)
@@ -409,7 +395,8 @@ def open_run(args: Args) -> None:
         raise Problem(f"--out {out}: another run that is still alive writes there; stop that one,"
                       " or choose another name")
     if is_first() and not (out / "latro.json").exists():
-        note = dict(args=dataclasses.asdict(args) | dict(resume=False), base=args.model) | facts()
+        held = dataclasses.asdict(args) | dict(resume=False)
+        note = dict(args=held, base=args.model) | kernels.facts(world_size())
         write(out / "latro.json", json.dumps(note, indent=2))
     dist.barrier()
 
@@ -515,8 +502,8 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def draw_batch(examples: list[Example], step: int, args: Args) -> list[Example]:
     """The questions of an update, all processes'; every epoch has its own order."""
-    first, n = step * args.questions, len(examples)
-    places = [divmod(i, n) for i in range(first, first + args.questions)]  # epoch, place in it
+    n, first = len(examples), step * args.questions
+    places = [divmod(first + i, n) for i in range(args.questions)]  # epoch, place in it
     order = {e: np.random.default_rng((args.seed, e)).permutation(n) for e, _ in places}
     return [examples[order[e][i]] for e, i in places]
 
@@ -568,10 +555,10 @@ def train(args: Args) -> None:
             groups = [[gold_rationale(codec, e.z, e.answer)] for e in batch]
         else:
             with timed(seconds, "sample"), gathered(policy):
-                mine, slots = share(batch), share(range(len(batch)))
-                groups = gather(rollout(policy, codec, mine, slots, step + 1, args, args.K))
+                mine = share(batch), share(range(len(batch)))
+                groups = gather(rollout(policy, codec, *mine, step + 1, args, args.K))
         for some in deal([*map(tree_size, batch, groups)], args.micro):
-            x, z = [batch[i] for i in some], [groups[i] for i in some]
+            x, z = zip(*((batch[i], groups[i]) for i in some))
             with timed(seconds, "score"):
                 logp, s = score(policy, reference, x, z, args)
             with timed(seconds, "backward"):
@@ -582,10 +569,11 @@ def train(args: Args) -> None:
         with timed(seconds, "step"):
             norm, lr = update(policy, optimizer, step, args)
         step += 1
-        drawn = dict(question=batch[0].ask, samples=rows[0])
-        log(args, "samples.jsonl", dict(step=step, split="train", **drawn))
+        log(args, "samples.jsonl", dict(step=step, split="train", question=batch[0].ask,
+                                        samples=rows[0]))
         log(args, "metrics.jsonl", dict(step=step, epoch=step * epoch, **(row := summary(rows)),
-                                        grad_norm=norm, lr=lr, **speed(rows, seconds)))
+                                        grad_norm=norm, lr=lr, **speed(rows, seconds),
+                                        peak_mem_gb=peak_memory()))
         bar.set_postfix({name: f"{row[k]:.2f}" for k, name in SHOWN if row[k] is not None})
         stop, last = any(gather([bool(stopping)])), step == args.steps
         if last or args.eval_every and step % args.eval_every == 0:
@@ -604,12 +592,6 @@ def look(step: int, policy, reference, codec: Codec, held_out: list[Example], ar
     log(args, "evals.jsonl", dict(step=step, split="held-out", n=len(done), greedy=greedy,
                                   sampled=sampled, **summary([r["samples"] for r in done])))
     log(args, "samples.jsonl", dict(step=step, split="held-out", questions=done[:3]))
-
-def speed(rows: list[list[dict]], seconds: dict[str, float]) -> dict:
-    """What an update cost: seconds by phase, scored tokens a second, GB at the peak so far."""
-    tokens = sum(r["actions"] + r["answers"] for group in rows for r in group)
-    return dict(seconds=seconds, tokens_per_s=tokens / sum(seconds.values()),
-                peak_mem_gb=peak_memory())
 
 def peak_memory() -> float:
     """GB, so far."""

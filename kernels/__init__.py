@@ -17,11 +17,11 @@ from transformers import utils
 from . import reference
 from .answers import (TEMPLATE, answer_in, as_number, canonical, flexible, majority, same_answer,
                       strict)
-from .attention import attention, context, unsupported, window
+from .attention import adopt, attention, context, unsupported, window
 from .files import changed, checksum, claim, logged, plain, release, write
-from .planner import plan
+from .planner import crowded, plan
 from .problems import Alone, Problem, brief, exhausted, lost, printable
-from .records import records, summary
+from .records import facts, records, speed, summary
 from .reference import Scores, pick_tokens, score_given, span_sums
 from .sampler import sample
 from .tasks import TASKS, Codec, Example, read_rows

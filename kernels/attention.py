@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 FAR = 2**30  # a position behind all others
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # those that the tests cover
@@ -109,3 +109,13 @@ def unsupported(config) -> list[str]:
     kinds = sorted(set(getattr(config, "layer_types", None) or []))
     odd += [f"layers of several kinds ({', '.join(kinds)})"] if len(kinds) > 1 else []
     return odd + ([] if config.model_type in ARCHITECTURES else ["an untested architecture"])
+
+
+def adopt(model: nn.Module) -> nn.Module:
+    """The model with this attention, and free of what would part what samples from what scores."""
+    model.set_attn_implementation("latro")
+    model.model.rotary_emb.rope_type = "default"  # in its context no frequency ever changes
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    return model

@@ -14,6 +14,8 @@ operation keeps for its gradient. Not counted: CUDA's context, NCCL's buffers, t
 A card holds some 6 % more than its name says, which must do for these.
 """
 
+import dataclasses
+
 import torch
 
 from .sampler import PACES
@@ -52,7 +54,7 @@ class Shape:
         self.seen = x + self.K * x + self.T
         self.pairs = x * x + self.T * (x + args.L + y)
         self.reference = args.objective == "latro" and args.beta > 0
-        self.checkpointing = args.checkpointing
+        self.checkpointing = bool(args.checkpointing)
 
     def held(self) -> int:
         """Parameters that a GPU keeps: FSDP2 gives each an equal number of rows, rounded up."""
@@ -65,9 +67,9 @@ class Shape:
         of the rows, what it returns, moved back too, and the mask as numbers; the MLP gate, its
         SiLU, up, and their product."""
         norms = 2 * self.D * (4 + 2 * e) + self.normed * (4 + e)
-        heads = self.H // self.G
-        attention = self.places * 2 * (self.H + self.G) + self.seen * 2 * self.G + self.pairs * heads
-        return self.S * (norms + e * (self.H + 4 * self.mlp)) + e * attention
+        rows = 2 * self.places * (self.H + self.G) + 2 * self.seen * self.G
+        rows += self.pairs * self.H // self.G
+        return self.S * (norms + e * (self.H + 4 * self.mlp)) + e * rows
 
     def cache(self, tokens: float, e: int = 2) -> float:
         """Bytes of the keys and values of all rows of a rollout, of so many tokens each."""
@@ -119,13 +121,39 @@ def seconds(s: Shape) -> tuple[float, float]:
     return read / (SHARE * BANDWIDTH), flops(s) / (s.W * SHARE * FLOPS)
 
 
+def fitted(config, args, W: int, memory: float) -> tuple[Shape, dict[str, dict[str, float]]]:
+    """Shape and moments of a run; activations are computed again in the backward pass if args say
+    so, or say nothing and a GPU of so many bytes would not hold them all."""
+    for again in (False, True) if args.checkpointing is None else (args.checkpointing,):
+        s = Shape(config, dataclasses.replace(args, checkpointing=again), W)
+        table = moments(s)
+        if peak(table) <= memory:
+            break
+    return s, table
+
+
+def peak(table: dict[str, dict[str, float]]) -> float:
+    """Bytes."""
+    return max(sum(held.values()) for held in table.values())
+
+
+def crowded(config, args, W: int, device: torch.device) -> bool:
+    """Whether a run on W such devices has to compute its activations again."""
+    if args.checkpointing is not None or device.type == "cpu":
+        return bool(args.checkpointing)
+    memory = torch.cuda.get_device_properties(device).total_memory / 1.06
+    return fitted(config, args, W, memory)[0].checkpointing
+
+
 def plan(config, args, W: int) -> str:
     """The table of --plan: GB (1e9 bytes) on each of W GPUs, the card that holds them, seconds."""
-    s = Shape(config, args, W)
-    table, updates = moments(s), W * s.questions * s.K
-    total = {moment: sum(held.values()) / 1e9 for moment, held in table.items()}
-    card = next((f"a card of {c} GB holds it" for c in CARDS if c >= max(total.values())),
-                f"no card of {max(CARDS)} GB holds it: more GPUs, or lower --K, --L or --micro")
+    for card in CARDS:
+        s, table = fitted(config, args, W, 1e9 * card)
+        if fits := peak(table) <= 1e9 * card:
+            break
+    verdict = (f"a card of {card} GB holds it" if fits else f"no card of {card} GB holds it: more"
+               " GPUs, or lower --K, --L or --micro")
+    updates, total = W * s.questions * s.K, [sum(held.values()) / 1e9 for held in table.values()]
 
     def row(name: str, cells) -> str:
         return f"{name:12}" + "".join(f"{'-' if c is None else f'{c:.2f}':>10}" for c in cells)
@@ -133,10 +161,10 @@ def plan(config, args, W: int) -> str:
     drawn, rest = seconds(s)
     return "\n".join([
         f"{s.n / 1e9:.2f} B parameters; GPUs: {W}, each with {s.questions} questions of {s.x}"
-        f" tokens x {s.K} rationales of {s.L}",
+        f" tokens x {s.K} rationales of {s.L}; with{'out' * (not s.checkpointing)} checkpointing",
         f"{'GB a GPU':12}" + "".join(f"{moment:>10}" for moment in table),
         *(row(p, (h[p] / 1e9 if p in h else None for h in table.values())) for p in parts),
-        row("total", total.values()), f"{max(total.values()):.1f} GB at the peak: {card}",
+        row("total", total), f"{max(total):.1f} GB at the peak: {verdict}",
         f"an update: {updates * s.L} tokens to sample, {updates * (s.L + s.y)} to score,"
         f" {flops(s) / 1e15:.3g} PFLOP; {drawn:.3g} s to sample and {rest:.3g} s for the rest",
         f"if {SHARE:.0%} (assumed) of an H100's {FLOPS / 1e12:.0f} TFLOP/s and"

@@ -1,6 +1,13 @@
-"""What a run knows of each rationale, and the means of it that are logged."""
+"""What a run knows of each rationale, the means of it that are logged, and what they hang on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import torch
+import transformers
 from torch import Tensor
 
 from .answers import flexible
@@ -41,3 +48,19 @@ def summary(questions: list[list[dict]]) -> dict:
                 reward_right=float(np.mean(ties)) if ties else None,
                 unique=float(np.mean([len({s["z"] for s in q}) / len(q) for q in questions])),
                 entropy=-mean("logp_z") / (mean("actions") or 1))  # a token's, by these samples
+
+
+def speed(rows: list[list[dict]], seconds: dict[str, float]) -> dict:
+    """What an update cost: seconds by phase, scored tokens a second."""
+    tokens = sum(r["actions"] + r["answers"] for group in rows for r in group)
+    return dict(seconds=seconds, tokens_per_s=tokens / sum(seconds.values()))
+
+
+def facts(processes: int) -> dict:
+    """What the numbers of a run hang on, beside its settings."""
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    return dict(
+        commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        torch=torch.__version__, transformers=transformers.__version__, python=sys.version,
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        cores=os.cpu_count(), processes=processes)

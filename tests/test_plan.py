@@ -29,7 +29,8 @@ each_model = pytest.mark.parametrize("name", CONFIGS)
 
 
 def args(**other):
-    return latro.Args(**dict(model="m", task="qa", data="d", questions=2, K=K, L=L, micro=1) | other)
+    given = dict(model="m", task="qa", data="d", questions=2, K=K, L=L, micro=1)
+    return latro.Args(**given | other)
 
 
 def shape(name, W=1, **other):
@@ -89,8 +90,8 @@ def test_activations(name, dtype, checkpointing):
     planned, copy = planner.moments(s, e), s.S * s.H * e * (name == "phi3")
     with Alive(policy) as alive:
         t = tree(policy)
-        h = policy.model(input_ids=t.ids, attention_mask=t.layout.branches, layout=t.layout, position_ids=t.position,
-                         use_cache=False).last_hidden_state
+        h = policy.model(input_ids=t.ids, attention_mask=t.layout.branches, layout=t.layout,
+                         position_ids=t.position, use_cache=False).last_hidden_state
         copies = copy * (1 if checkpointing else s.layers)
         kept = planned["head"]["activations"] + (0 if checkpointing else copies)
         assert alive.now == pytest.approx(kept, rel=0.05)
