@@ -369,13 +369,10 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
         for slots, batch in (zip(*mine[i:i + size]) for i in range(0, len(mine), size)):
             best = rollout(policy, codec, batch, slots, 0, args, 1, room, greedy=True)
             drawn = rollout(policy, codec, batch, slots, 0, args, k, room)
-            rows = []
-            for some in packs([*map(tree_size, batch, drawn)], args.micro):
-                part = [*zip(*((batch[i], drawn[i]) for i in some))]
-                rows += records(codec, *part, *score(policy, reference, *part, args))
-            done += [dict(question=e.ask, gold=e.gold, **reply(e, greedy),
-                          samples=[s | reply(e, r) for s, r in zip(row, group)])
-                     for e, (greedy,), group, row in zip(batch, best, drawn, rows)]
+            for e, (greedy,), group in zip(batch, best, drawn):
+                [rows] = records(codec, [e], [group], *score(policy, reference, [e], [group], args))
+                done.append(dict(question=e.ask, gold=e.gold, **reply(e, greedy),
+                                 samples=[row | reply(e, r) for row, r in zip(rows, group)]))
     return gather(done)
 
 # ------------------------------------------------------------------------------ 6. out/

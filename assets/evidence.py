@@ -40,7 +40,7 @@ SFT = "--objective sft --lr 1e-3"
 ARMS = {
     "LaTRO": Arm(3, "--eval-every 5"),
     "SFT": Arm(3, f"{SFT} --warmup 5"),
-    "SFT, 19 epochs": Arm(1, f"{SFT} --questions 32 --micro 32 --warmup 20 --steps 2400"),
+    "SFT, 19 epochs": Arm(1, f"{SFT} --questions 32 --warmup 20 --steps 2400"),
     "iwae bound": Arm(3, "--bound iwae"),
     "prob reward": Arm(3, "--reward prob"),
     "credit full": Arm(3, "--credit full"),

@@ -29,8 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TASKS = "gsm8k", "arc_challenge"
-SFT = "--objective sft --questions 32 --micro 8 --lr 1e-5"
-LATRO = "--questions 8 --micro 4 --K 16 --L 200 --lr 1e-5 --no-checkpointing"
+SFT = "--objective sft --questions 32 --lr 1e-5"
+LATRO = "--questions 8 --K 16 --L 200 --lr 1e-5"
 ARMS = {"warm_up": SFT, "sft": SFT, "latro_raw": LATRO, "latro_warm": LATRO}
 ROWS = "latro_raw", "latro_warm", "warm_up"  # of the tables, behind base and sft
 MORE = 75  # the exit code EX_TEMPFAIL of sysexits.h: not an error, call again

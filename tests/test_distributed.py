@@ -95,11 +95,12 @@ def models(tmp_path_factory):
 
 
 WAYS = {  # of one process
-    "micro 1": dict(micro=1), "micro 2": dict(micro=2), "micro 3 of 4": dict(micro=3),
+    "one a pass": dict(micro=1), "some a pass": dict(micro=250),
     "checkpointing": dict(checkpointing=True),
-    "checkpointing, micro 1": dict(checkpointing=True, micro=1)}
+    "checkpointing, one a pass": dict(checkpointing=True, micro=1)}
 SHORT = "short", "short-in-two"  # where half of the questions get no rationale
-TWO = {"2 processes": {}, "2 processes, checkpointing, micro 1": dict(checkpointing=True, micro=1)}
+TWO = {"2 processes": {},
+       "2 processes, checkpointing, one a pass": dict(checkpointing=True, micro=1)}
 FOUR = {"4 processes, 2 copies": dict(shard=2)}
 
 
@@ -151,6 +152,27 @@ def close(ours, theirs, rel=1e-5):
         assert ours == pytest.approx(theirs, rel=rel, abs=1e-5)
     else:
         assert ours == theirs
+
+
+@pytest.mark.parametrize("W", [1, 2, 4, 8])
+@pytest.mark.parametrize("budget", [1, 900, 4000, 10**6])
+def test_dealt(W, budget, monkeypatch):
+    """Each tree once; as many passes on each process, within the budget unless of one tree; and at
+    the same time none over much more than another: by less than the trees differ."""
+    monkeypatch.setattr(latro, "world_size", lambda: W)
+    sizes = torch.randint(200, 800, (48,), generator=torch.Generator().manual_seed(W)).tolist()
+    hands = []
+    for rank in range(W):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        hands.append(latro.deal(sizes, budget))
+    assert sorted(i for hand in hands for some in hand for i in some) == [*range(48)]
+    loads = [[sum(sizes[i] for i in some) for some in hand] for hand in hands]
+    for at_once, passes in zip(zip(*loads, strict=True), zip(*hands)):
+        assert len({*map(len, passes)}) == 1
+        assert max(at_once) <= budget or len(passes[0]) == 1
+        assert max(at_once) - min(at_once) <= max(sizes) - min(sizes)
+    filled = [sum(at_once) / W for at_once in zip(*loads)]
+    assert all(a + b > 0.9 * budget for a, b in zip(filled, filled[1:]))  # no pass for nothing
 
 
 @pytest.mark.parametrize("way", [*WAYS, *TWO, *FOUR])

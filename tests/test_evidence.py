@@ -108,7 +108,7 @@ def test_real_model(in_process, tmp_path, monkeypatch, capsys):
     """Every arm, the best state of each, both tables; a second call does nothing more."""
     flags = ("--model", TOY, "--data", gsm8k(tmp_path / "data"), "--runs", tmp_path / "runs",
              *"--updates 2 --warm-up 1 --every 1 --graded 3 --k 2 --batch 2 --".split(),
-             *"--questions 2 --K 2 --L 16 --micro 2 --eval-questions 2".split())
+             *"--questions 2 --K 2 --L 16 --eval-questions 2".split())
     monkeypatch.setattr(sys, "argv", ["real_model.py", *map(str, flags)])
     real_model.main()
     shown = capsys.readouterr().out

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from shutil import copytree, which
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -278,10 +277,7 @@ def test_numbers_of_one_process_that_go_wrong(tmp_path):
     [line] = [s for s in errors.splitlines() if "latro.py: " in s]
     [where] = re.findall(r"train.jsonl:\d+", line)
     assert code != 0 and "update 2" in line and "--lr" in line
-    args = latro.recall(out)["args"]
-    asked = latro.prepare(latro.Args(**args))[1]
-    order = np.random.default_rng((args["seed"], 0)).permutation(len(asked))
-    assert asked[order[3]].where.endswith(where)  # slot 1 of update 2
+    assert (out / "poisoned").read_text().endswith(where)
     assert [row["step"] for row in rows(out)] == [1]
     assert [p.name for p in out.glob("state/step-*")] == ["step-000001"]
 
@@ -461,14 +457,18 @@ def doomed(update, how):
 
 
 def poisoned(score):
-    """latro.score, that of the last process NaN in the second update."""
+    """latro.score, that of the last process NaN in the second update: of which question, it
+    notes."""
     updates = []
 
-    def wrapped(*args):
-        logp, s = score(*args)
+    def wrapped(policy, reference, batch, groups, args):
+        logp, s = score(policy, reference, batch, groups, args)
         updates.extend([1] * torch.is_grad_enabled())  # not in an evaluation
-        bad = len(updates) == 2 and os.environ["RANK"] == "1"
-        return logp, s._replace(logp_y=s.logp_y * math.nan) if bad else s
+        if len(updates) != 2 or os.environ["RANK"] != "1":
+            return logp, s
+        [example] = batch
+        Path(args.out, "poisoned").write_text(example.where)
+        return logp, s._replace(logp_y=s.logp_y * math.nan)
     return wrapped
 
 

@@ -156,9 +156,9 @@ sys.exit(latro.main(sys.argv[2:]))"""
 
 
 @pytest.mark.parametrize("phase, K, lower", [("sample", 20_000, "--questions"),
-                                             ("score", 500, "--micro")])
+                                             ("score", 1200, "--micro")])
 def test_out_of_memory(phase, K, lower, tmp_path):
-    """Of 1 GB: a cache for 40 000 rows, or a tree of 18 000 tokens that see each other."""
+    """Of 1 GB: a cache for 40 000 rows, or what a tree of 40 000 tokens keeps."""
     run = begin("-c", CRAMPED, ROOT, *TINY, "--K", K, "--steps", 1, "--out", tmp_path / "out")
     _, errors = run.communicate(timeout=300)
     line = errors.splitlines()[-1]

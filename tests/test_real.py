@@ -21,7 +21,7 @@ import latro
 from conftest import ROOT, launch, rows
 
 DATA = ROOT.parent / "shared" / "data"
-SMALL = "--questions 2 --K 6 --eval-questions 4 --micro 1 --lr 1e-5 --no-checkpointing".split()
+SMALL = "--questions 2 --K 6 --eval-questions 4 --lr 1e-5".split()
 
 pytestmark = pytest.mark.real
 
