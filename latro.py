@@ -244,8 +244,11 @@ def gathered(*models: nn.Module | None) -> Iterator[None]:
     for m in shards:
         m.reshard()
 
-def backward(loss: Tensor) -> None:
-    """Adds the gradient of the sum of all processes' losses; FSDP would take their mean."""
+def backward(loss: Tensor, policy: nn.Module, last: bool = True) -> None:
+    """Adds the gradient of the sum of all processes' losses; FSDP would take their mean. Copies of
+    the weights add theirs up in the last pass of an update."""
+    if isinstance(policy, fsdp.FSDPModule):
+        policy.set_requires_all_reduce(last)
     (loss * world_size()).backward()
 
 # ------------------------------------------------------------------------------ 3. text to ids
@@ -554,12 +557,12 @@ def train(args: Args) -> None:
             with timed(seconds, "sample"), gathered(policy):
                 mine = share(batch), share(range(len(batch)))
                 groups = gather(rollout(policy, codec, *mine, step + 1, args, args.K))
-        for some in deal([*map(tree_size, batch, groups)], args.micro):
+        for some in (passes := deal([*map(tree_size, batch, groups)], args.micro)):
             x, z = zip(*((batch[i], groups[i]) for i in some))
             with timed(seconds, "score"):
                 logp, s = score(policy, reference, x, z, args)
             with timed(seconds, "backward"):
-                backward(-(s.weights * logp).sum())
+                backward(-(s.weights * logp).sum(), policy, last=some is passes[-1])
             rows += zip(some, records(codec, x, z, logp.detach(), s))
         rows = [row for _, row in sorted(gather(rows), key=lambda r: r[0])]
         require_numbers(batch, rows, step, args)

@@ -22,6 +22,7 @@ from .sampler import PACES
 
 CARDS = 16, 24, 40, 48, 80, 96, 141, 192  # GB
 FLOPS, BANDWIDTH, SHARE = 989e12, 3.35e12, 0.4  # an H100's, bfloat16; the share of both assumed
+NVLINK, NETWORK = 450e9, 50e9  # bytes a second that a GPU receives in a node, and from others
 COLUMNS = PACES["cuda"].columns  # of the cache are made at a time
 DZ = 2**28  # DZ_BYTES of token_logprob.py, which cannot be imported without Triton
 
@@ -121,6 +122,20 @@ def seconds(s: Shape) -> tuple[float, float]:
     return read / (SHARE * BANDWIDTH), flops(s) / (s.W * SHARE * FLOPS)
 
 
+def traffic(s: Shape, e: int = 2) -> tuple[float, float]:
+    """Bytes that a GPU receives in an update: from the `group` that it shares the weights with, and
+    from other copies. A ring passes on (n - 1) / n of what is gathered or scattered, and twice that
+    of what is summed.
+
+    To sample, the policy is gathered once; in each pass embedding and head once, blocks for the
+    forward and for the backward pass, the reference's for its own; gradients in float32 are
+    scattered in each pass, and summed over copies in the last."""
+    passes, copies = -(-s.questions // int(s.trees)), s.W // s.group
+    gathered = s.n * (s.K > 1) + passes * (s.root + (2 + s.reference) * s.layers * s.block)
+    inside = (e * gathered + 4 * passes * s.n) * (s.group - 1) / s.group
+    return inside, 4 * s.n / s.group * 2 * (copies - 1) / copies
+
+
 def fitted(config, args, W: int, memory: float) -> tuple[Shape, dict[str, dict[str, float]]]:
     """Shape and moments of a run; activations are computed again in the backward pass if args say
     so, or say nothing and a GPU of so many bytes would not hold them all."""
@@ -158,7 +173,7 @@ def plan(config, args, W: int) -> str:
     def row(name: str, cells) -> str:
         return f"{name:12}" + "".join(f"{'-' if c is None else f'{c:.2f}':>10}" for c in cells)
     parts = dict.fromkeys(part for held in table.values() for part in held)
-    drawn, rest = seconds(s)
+    (drawn, rest), (inside, across) = seconds(s), traffic(s)
     return "\n".join([
         f"{s.n / 1e9:.2f} B parameters; GPUs: {W}, each with {s.questions} questions of {s.x}"
         f" tokens x {s.K} rationales of {s.L}; with{'out' * (not s.checkpointing)} checkpointing",
@@ -168,4 +183,7 @@ def plan(config, args, W: int) -> str:
         f"an update: {updates * s.L} tokens to sample, {updates * (s.L + s.y)} to score,"
         f" {flops(s) / 1e15:.3g} PFLOP; {drawn:.3g} s to sample and {rest:.3g} s for the rest",
         f"if {SHARE:.0%} (assumed) of an H100's {FLOPS / 1e12:.0f} TFLOP/s and"
-        f" {BANDWIDTH / 1e12} TB/s are reached"])
+        f" {BANDWIDTH / 1e12} TB/s are reached",
+        f"it receives {inside / 1e9:.3g} GB from the {s.group} GPUs that share the weights:"
+        f" {inside / NVLINK:.3g} s over NVLink, {inside / NETWORK:.3g} s over 400 Gb/s",
+        f"and {across / 1e9:.3g} GB from other copies: {across / NETWORK:.3g} s over 400 Gb/s"])

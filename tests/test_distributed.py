@@ -100,7 +100,8 @@ WAYS = {  # of one process
     "checkpointing, one a pass": dict(checkpointing=True, micro=1)}
 SHORT = "short", "short-in-two"  # where half of the questions get no rationale
 TWO = {"2 processes": {},
-       "2 processes, checkpointing, one a pass": dict(checkpointing=True, micro=1)}
+       "2 processes, checkpointing, one a pass": dict(checkpointing=True, micro=1),
+       "2 copies, one a pass": dict(shard=1, micro=1)}
 FOUR = {"4 processes, 2 copies": dict(shard=2)}
 
 

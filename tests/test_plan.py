@@ -159,6 +159,47 @@ def test_bytes_at_rest(name, W, group, processes, tmp_path):
     assert held(moments) == planned["Adam"]
 
 
+class Received(TorchDispatchMode):
+    """Bytes that a GPU receives in collectives, as a ring does them."""
+    inside = across = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        name = call.name()
+        if name in ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"):
+            some, whole = sorted(t.nbytes for t in args[:2])
+            self.inside += whole - some
+        elif name == "c10d::allreduce_":
+            self.across += sum(t.nbytes for t in args[0])
+        return call(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("W, group, micro", [(8, 0, 1), (8, 0, 10**6), (8, 4, 1), (8, 2, 600)])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@each_model
+def test_traffic(name, W, group, micro, beta, processes, tmp_path):
+    """What FSDP2 hands to the collectives in an update: its second, for what the reference has
+    gathered of embedding and head it keeps."""
+    processes(W)
+    model(name).save_pretrained(tmp_path)
+    run = args(model=str(tmp_path), questions=4 * W, shard=group, micro=micro, beta=beta)
+    policy, reference = (latro.load(run, torch.device("cpu"), torch.float32) for _ in range(2))
+    some = [kernels.Rationale([], [5] * L, L, [6] * Y, L, True)] * K
+    questions, groups = [latro.Example("", "", [4] * X, [6] * Y, [])] * 4, [some] * 4
+    passes = kernels.packs([*map(kernels.tree_size, questions, groups)], micro)
+    for _ in range(2):
+        with Received() as received:
+            with latro.gathered(policy):
+                pass
+            for some in passes:
+                logp, _ = latro.score(policy, reference if beta else None, questions[:len(some)],
+                                      groups[:len(some)], run)
+                latro.backward(logp.sum(), policy, last=some is passes[-1])
+    inside, across = planner.traffic(planner.Shape(CONFIGS[name], run, W, X, Y), e=4)
+    copies = W // (group or W)
+    assert received.inside == pytest.approx(inside, rel=0.01)
+    assert received.across * 2 * (copies - 1) / copies == pytest.approx(across, rel=0.01)
+
+
 @each_model
 def test_cache(name, monkeypatch):
     """To the byte, as a GPU would have it; rows that end cost half a layer of half of it."""
