@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from .. import Problem
 from .operations import MODELS, logprob, sample, score, tune
-from .timing import Problem, device, draw, measure, table
+from .timing import device, draw, measure, table
 
 COMMANDS = {  # what makes the tasks, and its options beside those that all have
     "logprob": (logprob, ("models", "tokens", "frozen", "plot")), "score": (score, ()),

@@ -17,13 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import TRITON
+from .. import TRITON, Problem
 
-OURS, FLOOR, WARM_UP = "triton", "floor", 2
-
-
-class Problem(Exception):
-    """One sentence for the user: what is wrong, and the way out."""
+OURS, FLOOR, WARM_UP = "ours", "floor", 2
 
 
 class Task(NamedTuple):
