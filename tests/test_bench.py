@@ -12,7 +12,7 @@ from kernels.bench.operations import plain
 
 PASSES = ["forward", "backward", "full"]
 ENVIRONMENT = {"command", "date", "commit", "device", "torch", "triton", "liger_kernel",
-               "cut_cross_entropy"}
+               "cut_cross_entropy", "transformers", "trl"}
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Times the fused operations beside their rivals: the README's GPU table comes from here.
+"""Times the fused operations, and whole loops, beside their rivals: for the README's tables.
 
     python -m kernels.bench logprob --models Llama-3.1-8B --tokens 16384 --plot
     python -m kernels.bench score|sample|tune
@@ -42,14 +42,13 @@ def count(text: str) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     cuda = device() == "cuda"
-    sizes = dict(questions=16, K=16, L=256) if cuda else dict(questions=8, K=16, L=48)
     options = dict(
         tokens=dict(nargs="+", type=count, metavar="T", help="rows of H"),
         frozen=dict(choices=("weight", "hidden"), help="what wants no gradient"),
         questions=dict(type=count, metavar="N", help="(default: %(default)s)"),
         K=dict(type=count, metavar="N", help="rationales a question (default: %(default)s)"),
         L=dict(type=count, metavar="N", help="longest rationale, tokens (default: %(default)s)"),
-        plot=dict(action="store_true", help="draw to DIR/%(prog)s.png"),
+        plot=dict(action="store_true", help="draw it to DIR/COMMAND.png"),
         only=dict(nargs="+", metavar="NAME", help="of the candidates"),
         rounds=dict(type=count, default=15, metavar="N", help="(default: %(default)s)"),
         out=dict(type=Path, default=Path("bench"), metavar="DIR", help="(default: bench)"))
@@ -63,10 +62,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
                                     help=", ".join(known)))
         for flag in (*flags, "only", "rounds", "out"):
             command.add_argument(f"--{flag}", **options[flag])
-        command.set_defaults(models=[m for m in known if (m != "toy") == cuda], **sizes,
+        command.set_defaults(models=[m for m in known if (m != "toy") == cuda],
                              tokens=[4096, 16384, 32768] if cuda else [256])
     for name in LOOPS:
-        commands.choices[name].set_defaults(rounds=3)
+        commands.choices[name].set_defaults(rounds=3, K=16, questions=16 if cuda else 8,
+                                            L=256 if cuda else 48)
     commands.choices["tune"].set_defaults(models=["Llama-3.1-8B", "SmolLM2-135M"], tokens=[16384])
     return parser.parse_args(argv)
 
@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     except Problem as e:
         why = e
     except torch.OutOfMemoryError:
-        why = "not even the inputs fit into GPU memory: choose smaller --models, or lower --tokens, --questions, --K or --L"
+        why = ("not even the inputs fit into GPU memory: choose smaller --models, or lower"
+               " --tokens, --questions, --K or --L")
     print(f"kernels.bench: {why}", file=sys.stderr)
     return 1
 

@@ -1,7 +1,8 @@
 """What is timed of whole loops: K rationales for each of some questions, an update of the policy.
 
 Models have the shapes of real ones and random weights, so nothing that they write ends by itself.
-Lengths are forced, the same for every candidate; the vocabulary's last token is EOS.
+Ends are forced, the same for every candidate: after a log-normal number of tokens, median 0.4 L;
+about one rationale in sixteen is cut at L. The vocabulary's last token is EOS.
 """
 
 import argparse, math
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import Example, Problem, Rationale, conclude, pick_tokens, sample
 from ..planner import FLOPS, Shape
-from .operations import Tasks, compiled
+from .operations import Tasks, uncompilable
 from .timing import FLOOR, OURS, Task, device, quartiles
 
 SHAPES = {
@@ -61,10 +62,10 @@ class Work:
         self.save(place)
         self.policy = latro.load(self.args, place, torch.float32 if train else self.dtype)
         self.reference = latro.load(self.args, place, self.dtype) if train else None
-        self.optimizer = train and torch.optim.AdamW(
-            self.policy.parameters(), lr=0.0, weight_decay=0.0, fused=True) or None
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0,
+                                           fused=True) if train else None
         self.shape, self.eos = Shape(self.policy.config, self.args, 1), self.policy.vocab_size - 1
-        self.invent()
+        self.invent(args.questions, args.K, args.L)
 
     def save(self, place: torch.device) -> None:
         """A model of random weights, as a directory."""
@@ -76,16 +77,15 @@ class Work:
             random = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         random.save_pretrained(self.folder.name)
 
-    def invent(self) -> None:
-        """Questions and lengths: a fixed list, log-normal, about one in sixteen cut at L."""
-        rng, B, K, L = np.random.default_rng(0), *(getattr(self.args, k) for k in
-                                                   ("questions", "K", "L"))
+    def invent(self, B: int, K: int, L: int) -> None:
+        """Questions and lengths, always the same."""
+        rng = np.random.default_rng(0)
 
         def ids(n: int) -> list[int]:
             return rng.integers(self.eos, size=n).tolist()
-        ends = TOY_PROMPTS if self.name == "toy" else PROMPTS
+        few, many = TOY_PROMPTS if self.name == "toy" else PROMPTS
         self.batch = [Example("", "", ids(n), [*ids(ANSWER - 1), self.eos], [])
-                      for n in rng.integers(*ends, size=B, endpoint=True)]
+                      for n in rng.integers(few, many, size=B, endpoint=True)]
         lengths = np.ceil(MEDIAN * L * rng.lognormal(0, SPREAD, B * K)).clip(1, L).astype(int)
         uniform = LIKELY * rng.random((B * K, L))
         uniform[lengths < L, lengths[lengths < L] - 1] = 1.0
@@ -323,13 +323,13 @@ class Trl(Loop):
         policy = transformers.AutoModelForCausalLM.from_pretrained(w.folder.name,
                                                                    dtype=torch.float32)
         settings = trl.RLOOConfig(
-            output_dir=w.folder.name, per_device_train_batch_size=w.args.K, num_generations=w.args.K,
-            gradient_accumulation_steps=len(w.batch), max_completion_length=w.args.L, top_k=0,
-            beta=w.args.beta, learning_rate=0.0, max_steps=1, bf16=cuda, use_cpu=not cuda,
+            output_dir=w.folder.name, num_generations=w.args.K, max_completion_length=w.args.L,
+            per_device_train_batch_size=w.args.K, gradient_accumulation_steps=len(w.batch),
+            beta=w.args.beta, top_k=0, learning_rate=0.0, max_steps=1, bf16=cuda, use_cpu=not cuda,
             gradient_checkpointing=w.args.checkpointing, shuffle_dataset=False, report_to="none",
             save_strategy="no", logging_strategy="no", disable_tqdm=True)
-        self.prompts = [dict(prompt=" ".join(map(str, e.x))) for e in w.batch]
-        made = trl.RLOOTrainer(policy, self.reward, settings, processing_class=numerals(w.eos + 1),
+        self.prompts = [dict(prompt=" ".join(map(word, e.x))) for e in w.batch]
+        made = trl.RLOOTrainer(policy, self.reward, settings, processing_class=spelling(w.eos + 1),
                                train_dataset=Dataset.from_list(self.prompts))
         made.remove_callback(transformers.PrinterCallback)
         policy.generate = partial(self.inside, "sample", policy.generate)
@@ -402,8 +402,8 @@ def read(size: float) -> None:
 
 
 def errors(truth: dict, loop: Loop) -> dict[str, float]:
-    """By how much a candidate misses: rationales of another length than the forced one, rows whose
-    tokens are not `generate`'s when both draw by the same numbers, its gradient relative to ours."""
+    """By how much a candidate misses: rationales of another length than the forced one, or of other
+    tokens than `generate`'s when both draw by the same numbers; its gradient, relative to ours."""
     work, exact = loop.work, "tokens" in truth
     drawn = loop(driven=exact)
     found = dict(lengths=float(sum(len(z) != n for z, n in zip(drawn, work.lengths, strict=True))))
@@ -422,10 +422,10 @@ def report(loops: dict[str, Loop], name: str, times: dict[str, dict]) -> dict:
                    for p in loops[of].runs[0]} for of in {name, FLOOR}}
     loop, own, floor = loops[name], median[name], median[FLOOR]
     work, [total] = loop.work, [t["median"] for t in times.values()]
-    figures = {"rationales/s": len(work.lengths) / total, "tokens/s": sum(work.lengths) / total,
-               "of decode limit": floor["sample"] / own["sample"]}
+    figures = {"rationales/s": len(work.lengths) / total, "tokens/s": sum(work.lengths) / total}
     if work.optimizer:
         learning = own["score"] + own["backward"]
+        figures["of decode limit"] = floor["sample"] / own["sample"]
         figures["MFU"] = (floor["score"] + floor["backward"]) / learning
         if device() == "cuda":
             figures["MFU of 989 TFLOP/s"] = 4 * work.flops() / learning / FLOPS
@@ -439,26 +439,24 @@ def report(loops: dict[str, Loop], name: str, times: dict[str, dict]) -> dict:
 
 
 def loop_task(model: str, args: argparse.Namespace, train: bool) -> Task:
-    work = Work(model, args, train)
-    static = dict(cache_implementation="static")
-    graphs = transformers.CompileConfig()
-    graphs._compile_all_devices = True  # also a CPU
-    why = compiled(sample)
-    loops = {OURS: Ours(work), "released": Released(work)} | (
-        {"trl": Trl(work) if find_spec("trl") else "not installed"} if train else {
-            "generate": Generate(work), "static": Generate(work, **static, disable_compile=True),
-            "compiled": why if isinstance(why, str) else
-            Generate(work, **static, compile_config=graphs)})
-    truth = dict(tokens=Generate(work).draw(driven=True)) if work.dtype == torch.float32 else {}
-    truth |= dict(gradient=loops[OURS].gradient()) if train else {}
-    floor, name = Floor(work), "update" if train else "rollout"
-    floor()  # makes what it reads
-    shape = dict(model=model, layers=work.shape.layers, questions=len(work.batch), K=args.K,
+    """Tolerance: in bfloat16 advantages are small differences of rounded sums; a wrong sign or a
+    missing term does not pass."""
+    work, exact = Work(model, args, train), device() == "cpu"
+    static, graphs = dict(cache_implementation="static"), transformers.CompileConfig()
+    graphs._compile_all_devices = True  # not only on a GPU
+    ours, floor, name = Ours(work), Floor(work), "update" if train else "rollout"
+    rivals = dict(trl=Trl(work) if find_spec("trl") else "not installed") if train else dict(
+        generate=Generate(work), static=Generate(work, **static, disable_compile=True),
+        compiled=uncompilable() or Generate(work, **static, compile_config=graphs))
+    loops = {OURS: ours} | rivals | dict(released=Released(work))
+    truth = dict(tokens=Generate(work).draw(driven=True)) if exact else {}
+    truth |= dict(gradient=ours.gradient()) if train else {}
+    floor(), floor.runs.clear()  # the first run makes its operands
+    shape = dict(model=model, layers=work.shape.layers, questions=args.questions, K=args.K,
                  L=args.L, tokens=sum(work.lengths))
-    return Task(
-        shape, loops, 1e-4 if truth.get("tokens") else 0.3, partial(errors, truth),
-        lambda loop: {name: lambda: loop}, {name: lambda: floor}, calls=1,
-        report=partial(report, loops | {FLOOR: floor}))
+    return Task(shape, loops, 1e-4 if exact else 0.3, partial(errors, truth),
+                lambda loop: {name: lambda: loop}, {name: lambda: floor}, calls=1,
+                report=partial(report, loops | {FLOOR: floor}))
 
 
 def tasks(args: argparse.Namespace, train: bool) -> Tasks:
@@ -472,23 +470,32 @@ def tasks(args: argparse.Namespace, train: bool) -> Tasks:
 
 
 def rollout(args: argparse.Namespace) -> Tasks:
-    """K rationales for each question. generate: with a growing cache; static, compiled: with a
-    static one, without and with torch.compile; released: all rows to L tokens. floor: one read of
-    the bytes that decoding needs."""
+    """K rationales for each question. generate, static, compiled: transformers' own, with a growing
+    cache, a static one, and torch.compile; released: as the paper's code calls it, every row
+    decoding L tokens. floor: a read of the bytes that decoding must read, the limit of its speed.
+    error: rationales of a wrong length, and in float32 of other tokens than generate's."""
     return tasks(args, train=False)
 
 
 def update(args: argparse.Namespace) -> Tasks:
-    """An update: ..."""
+    """Sampling, rewards, gradient and AdamW for some questions. released: as the paper's code goes
+    about it; trl: RLOOTrainer with generate, whose reward is free. floor: a read of what decoding
+    must read, then bare products of as many FLOPs as two forward passes (policy and reference) and
+    a backward pass need that compute nothing twice. MFU: these FLOPs by the seconds of score and
+    backward, of what the bare products reach. peak GB: a candidate's own models included."""
     if args.K < 2:
         raise Problem(f"--K {args.K}: a leave-one-out baseline needs at least 2")
     return tasks(args, train=True)
 
 
-def numerals(V: int) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer whose texts are token ids, in decimal, between spaces; the last one is EOS."""
+def word(token: int) -> str:
+    return f"<{token}>"  # no word is a part of another: special ones are looked for anywhere
+
+
+def spelling(V: int) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer whose texts are words for token ids between spaces; the last one is EOS."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))
+    words = Tokenizer(models.WordLevel({word(i): i for i in range(V)}, unk_token=word(0)))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(V - 1),
-                                                pad_token="0")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=word(V - 1),
+                                                pad_token=word(0))

@@ -32,9 +32,14 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
+def uncompilable() -> str | None:
+    """Why torch.compile would fail here."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return None if found else "not run: no C++ compiler"
+
+
 def compiled(fn: Callable) -> Callable | str:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    return torch.compile(fn, dynamic=False) if compiler else "not run: no C++ compiler"
+    return uncompilable() or torch.compile(fn, dynamic=False)
 
 
 def on_gpu(module: str, name: str) -> Callable | str:

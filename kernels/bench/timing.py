@@ -157,24 +157,24 @@ def table(shape: dict, rows: list[dict]) -> str:
     def longest(key: str) -> dict:
         return max((row.get(key, {}) for row in rows), key=len)
 
-    def short(x: float) -> str:
-        return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+    def short(x: float | None) -> str:
+        return "" if x is None else f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
     passes, figures = list(rows[0]["seconds"]), {k: 0 for r in rows for k in r.get("figures", {})}
-    unit, of_one = ("s", 1) if longest("phases") else ("ms", 1e3)
+    unit, per_s = ("s", 1) if figures else ("ms", 1e3)
     heads = ["candidate", *(f"{p}, {unit}" for p in passes), "of floor", f"x {OURS}",
              f"{' / '.join(longest('phases'))}, s", *figures, "extra GB",
              f"error: {' / '.join(longest('error'))}"]
     lines = []
     for row in rows:
-        times = [[f"{of_one * t[k]:.4g}" for k in ("median", "q1", "q3")]
+        times = [[f"{per_s * t[k]:.4g}" for k in ("median", "q1", "q3")]
                  for t in row.get("seconds", {}).values()]
         lines.append([row["candidate"], *("{0} ({1} to {2})".format(*t) for t in times),
                       *([row["note"]] + [""] * len(passes))[:0 if times else len(passes)],
                       joined(row, "fraction", ".2f"), joined(row, "ratio", ".2f"),
-                      joined(row, "phases", ".3g"),
-                      *(short(row["figures"][k]) if k in row.get("figures", {}) else ""
-                        for k in figures), joined(row, "peak_bytes", ".2f", 1e9), joined(row, "error", ".1e")])
+                      joined(row, "phases", ".3g") if len(longest("phases")) > 1 else "",
+                      *(short(row.get("figures", {}).get(k)) for k in figures),
+                      joined(row, "peak_bytes", ".2f", 1e9), joined(row, "error", ".1e")])
     columns = [(head, "---", *column) for head, *column in zip(heads, *lines) if any(column)]
     title = ", ".join(f"{k} {v}" for k, v in shape.items() if v is not None)
     return "\n".join([f"**{title}**", "", *(f"| {' | '.join(x)} |" for x in zip(*columns)), "", ""])
@@ -209,7 +209,7 @@ def draw(rows: list[dict], png: Path) -> None:
 
 
 def bars(rows: list[dict], png: Path) -> None:
-    """Seconds by phase, stacked: a panel for each model, a bar for each candidate that was timed."""
+    """Seconds by phase, stacked: a panel for each model, a bar for each candidate with times."""
     plt = import_module("matplotlib.pyplot")
     plt.switch_backend("Agg")
     rows = [row for row in rows if "phases" in row]
