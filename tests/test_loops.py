@@ -170,13 +170,15 @@ def test_flops_are_those_of_the_tree(work):
     assert w.flops() == by_hand
 
 
-def test_what_is_kept(work):
-    """Policy and reference in float32, and after a step Adam's two moments and its step counts."""
+@pytest.mark.parametrize("dtype, reference", [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_what_is_kept(work, monkeypatch, dtype, reference):
+    """The policy in float32, its reference, and after a step Adam's two moments and step counts."""
+    monkeypatch.setattr(latro, "compute_dtype", lambda device: dtype)
     w = work()
     loop, n = loops.Ours(w), sum(p.numel() for p in w.policy.parameters())
-    assert loop.kept() == 8 * n
+    assert loop.kept() == (4 + reference) * n
     loop()
-    assert loop.kept() == 16 * n + 4 * len([*w.policy.parameters()])
+    assert loop.kept() == (12 + reference) * n + 4 * len([*w.policy.parameters()])
 
 
 def test_a_phase_within_another(monkeypatch):
@@ -233,6 +235,17 @@ def test_trl(tmp_path, monkeypatch, real):
     assert code == 0 and rows["trl"]["error"] == dict(lengths=0, tokens=0)
     phases = rows["trl"]["phases"]
     assert phases["sample"] > phases["step"] > 0 and min(phases.values()) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["rollout", "update"])
+def test_on_a_gpu(tmp_path, name):
+    """The peak holds the models, and what a GPU's datasheet says is a column too."""
+    code, rows = run(tmp_path, name, "--models", "toy")
+    assert code == 0
+    weights = 600_000 * (18 if name == "update" else 2)
+    assert rows["ours"]["figures"]["peak GB"] > weights / 1e9
+    assert ("MFU of 989 TFLOP/s" in rows["ours"]["figures"]) == (name == "update")
 
 
 @pytest.mark.parametrize("argv, named", [

@@ -48,6 +48,7 @@ PHASES = "sample", "score", "backward", "step"
 class Work:
     """What the candidates of a table share: models, questions, lengths.
 
+    policy    as latro.train has it; to sample only, bare weights in the dtype that computes
     batch     questions: random prompts and answers
     lengths   (N,) tokens of each rationale, its EOS included; one of L tokens has been cut
     uniform   (N, L): makes `sample` draw rationales of just these lengths
@@ -378,9 +379,9 @@ class Floor(Loop):
 
 
 @cache
-def operand(n: int) -> Tensor:
-    return torch.randn(n, n, device=device(),
-                       dtype=torch.bfloat16 if device() == "cuda" else torch.float32)
+def operand(n: int, place: str) -> Tensor:
+    return torch.randn(n, n, device=place,
+                       dtype=torch.bfloat16 if place == "cuda" else torch.float32)
 
 
 def multiply(flops: float) -> None:
@@ -389,13 +390,13 @@ def multiply(flops: float) -> None:
     while 2 * n**3 > flops:
         n //= 2
     for _ in range(round(flops / (2 * n**3))):
-        operand(n) @ operand(n)
+        operand(n, device()) @ operand(n, device())
 
 
 def read(size: float) -> None:
     """Reads so many bytes, from more memory than caches hold."""
     n = 16384 if device() == "cuda" else 4096
-    numbers = operand(n).view(torch.float32).flatten()
+    numbers = operand(n, device()).view(torch.float32).flatten()
     whole, rest = divmod(int(size) // 4, len(numbers))
     for part in [numbers] * whole + [numbers[:rest]]:
         part.sum()
