@@ -106,6 +106,15 @@ def test_too_little_memory_is_a_row(tmp_path, monkeypatch):
     assert [row["note"] for row in held["rows"]] == [None, None, "CUDA out of memory"]
 
 
+def test_a_compiler_that_fails_is_a_row(tmp_path, monkeypatch):
+    def broken(*_):
+        raise torch._dynamo.exc.Unsupported("graph break\nin user code")
+    monkeypatch.setattr(operations, "logprob_candidates", lambda: dict(broken=broken, plain=plain))
+    code, held = run(tmp_path, "logprob", "--tokens", "32")
+    note = "cannot be compiled: Unsupported: graph break in user code"
+    assert code == 0 and [row["note"] for row in held["rows"]] == [None, None, note]
+
+
 def test_score(tmp_path):
     code, held = run(tmp_path, "score")
     assert code == 0 and {row["bound"] for row in held["rows"]} == {"elbo", "iwae"}

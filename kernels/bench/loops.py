@@ -34,10 +34,9 @@ SHAPES = {
                          num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
     "Llama-3.1-8B": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
                          num_hidden_layers=8,  # of 32: two policies with Adam fit into 141 GB
-                         num_key_value_heads=8, vocab_size=128256),
+                         num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
     "toy": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=4, vocab_size=163)}
-UNTIED = "Llama-3.1-8B"
 MEDIAN, SPREAD = 0.4, 0.6  # of a rationale's length, in L; the deviation of its logarithm
 PROMPTS, TOY_PROMPTS = (60, 200), (24, 56)  # tokens: GSM8K's, the toy's
 TEMPLATE, ANSWER = 4, 3  # tokens of y: what joins it to z, the answer with its EOS
@@ -70,9 +69,9 @@ class Work:
 
     def save(self, place: torch.device) -> None:
         """A model of random weights, as a directory."""
-        config = transformers.LlamaConfig(
-            **SHAPES[self.name], tie_word_embeddings=self.name != UNTIED,
-            max_position_embeddings=2**17, bos_token_id=None, eos_token_id=None)
+        config = transformers.LlamaConfig(**dict(tie_word_embeddings=True) | SHAPES[self.name],
+                                          max_position_embeddings=2**17, bos_token_id=None,
+                                          eos_token_id=None)
         torch.manual_seed(0)
         with place:
             random = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype)
@@ -188,6 +187,8 @@ class Loop:
         """The ids of all rationales; the peak is that of a run alone, beside what it needs to keep:
         other candidates keep models too."""
         self.seconds = dict.fromkeys(PHASES if self.work.optimizer else PHASES[:1], 0.0)
+        if self.work.optimizer:
+            self.work.optimizer.zero_grad()  # should a run have broken off
         if device() == "cuda":
             others = torch.cuda.memory_allocated() - self.kept()
             torch.cuda.reset_peak_memory_stats()
@@ -220,13 +221,12 @@ class Loop:
 
     def gradient(self) -> list[Tensor]:
         """That of the first question, of the head, the first block and the last."""
-        policy, optimizer = self.work.policy, self.work.optimizer
-        optimizer.zero_grad()  # should a run have broken off
+        policy = self.work.policy
         self.learn(self.work.made_up()[:1])
         blocks = policy.model.layers[0], policy.model.layers[-1]
         some = policy.get_output_embeddings().weight, *(p for b in blocks for p in b.parameters())
         grads = [getattr(p.grad, "full_tensor", lambda g=p.grad: g)().cpu() for p in some]
-        optimizer.zero_grad()
+        self.work.optimizer.zero_grad()
         return grads
 
 

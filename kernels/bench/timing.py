@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import TRITON, Problem
+from .. import TRITON, Problem, brief
 
 OURS, FLOOR, WARM_UP = "ours", "floor", 2
 
@@ -92,12 +92,15 @@ def relative(x: Tensor, truth: Tensor) -> float:
 
 
 def attempt(row: dict, action: Callable, *args):
-    """Too little memory, of the GPU or of one multiprocessor, is a result: a note in the row."""
+    """Too little memory, of the GPU or of one multiprocessor, is a result, as is a compiler that
+    fails: a note in the row."""
     short = import_module("triton.runtime.errors").OutOfResources if TRITON else MemoryError
     try:
         return action(*args)
     except (torch.OutOfMemoryError, short) as e:
         row["note"] = str(e).split(". ")[0]  # advice follows
+    except import_module("torch._dynamo.exc").TorchDynamoException as e:
+        row["note"] = f"cannot be compiled: {brief(e)}"
 
 
 def check(task: Task, fn: Callable, row: dict) -> None:
