@@ -12,7 +12,7 @@ from kernels.bench.operations import plain
 
 PASSES = ["forward", "backward", "full"]
 ENVIRONMENT = {"command", "date", "commit", "device", "torch", "triton", "liger_kernel",
-               "cut_cross_entropy"}
+               "cut_cross_entropy", "transformers", "trl"}
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +106,15 @@ def test_too_little_memory_is_a_row(tmp_path, monkeypatch):
     assert [row["note"] for row in held["rows"]] == [None, None, "CUDA out of memory"]
 
 
+def test_a_compiler_that_fails_is_a_row(tmp_path, monkeypatch):
+    def broken(*_):
+        raise torch._dynamo.exc.Unsupported("graph break\nin user code")
+    monkeypatch.setattr(operations, "logprob_candidates", lambda: dict(broken=broken, plain=plain))
+    code, held = run(tmp_path, "logprob", "--tokens", "32")
+    note = "cannot be compiled: Unsupported: graph break in user code"
+    assert code == 0 and [row["note"] for row in held["rows"]] == [None, None, note]
+
+
 def test_score(tmp_path):
     code, held = run(tmp_path, "score")
     assert code == 0 and {row["bound"] for row in held["rows"]} == {"elbo", "iwae"}
@@ -134,9 +143,9 @@ def test_statistics():
 def test_fractions_ratios_order():
     def row(seconds):
         return dict(call=dict(q1=seconds, median=seconds, q3=seconds))
-    rows = {name: dict(candidate=name) for name in ("floor", "untimed", "slow", "triton")}
-    done = timing.compared(rows, {"floor": row(1.0), "slow": row(4.0), "triton": row(2.0)})
-    assert [r["candidate"] for r in done] == ["floor", "triton", "slow", "untimed"]
+    rows = {name: dict(candidate=name) for name in ("floor", "untimed", "slow", "ours")}
+    done = timing.compared(rows, {"floor": row(1.0), "slow": row(4.0), "ours": row(2.0)})
+    assert [r["candidate"] for r in done] == ["floor", "ours", "slow", "untimed"]
     assert [r["fraction"]["call"] for r in done[:3]] == [1.0, 0.5, 0.25]
     assert [r["ratio"]["call"] for r in done[:3]] == [0.5, 1.0, 2.0]
 

@@ -1,7 +1,8 @@
-"""Times the fused operations beside their rivals: the README's GPU table comes from here.
+"""Times the fused operations, and whole loops, beside their rivals: for the README's tables.
 
     python -m kernels.bench logprob --models Llama-3.1-8B --tokens 16384 --plot
     python -m kernels.bench score|sample|tune
+    python -m kernels.bench rollout|update --models Llama-3.2-1B --plot
 
 DIR/NAME.json and .md are written after every shape; where a candidate was wrong, the exit code is
 1. Without CUDA a toy runs on the CPU, our kernels not at all: an interpreter's times mean nothing.
@@ -15,12 +16,17 @@ from pathlib import Path
 
 import torch
 
+from .. import Problem
+from .loops import SHAPES, rollout, update
 from .operations import MODELS, logprob, sample, score, tune
-from .timing import Problem, device, draw, measure, table
+from .timing import bars, device, draw, measure, table
 
 COMMANDS = {  # what makes the tasks, and its options beside those that all have
     "logprob": (logprob, ("models", "tokens", "frozen", "plot")), "score": (score, ()),
-    "sample": (sample, ("models",)), "tune": (tune, ("models", "tokens", "frozen"))}
+    "sample": (sample, ("models",)), "tune": (tune, ("models", "tokens", "frozen")),
+    "rollout": (rollout, ("models", "questions", "K", "L", "plot")),
+    "update": (update, ("models", "questions", "K", "L", "plot"))}
+LOOPS = "rollout", "update"
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,25 +41,32 @@ def count(text: str) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    every = [model for model in MODELS if model != "toy"] if device() == "cuda" else ["toy"]
-    tokens = [4096, 16384, 32768] if device() == "cuda" else [256]
-    models = dict(nargs="+", choices=MODELS, metavar="NAME", help=f"{', '.join(MODELS)}")
+    cuda = device() == "cuda"
     options = dict(
         tokens=dict(nargs="+", type=count, metavar="T", help="rows of H"),
         frozen=dict(choices=("weight", "hidden"), help="what wants no gradient"),
-        plot=dict(action="store_true", help="draw the full pass to DIR/logprob.png"),
+        questions=dict(type=count, metavar="N", help="(default: %(default)s)"),
+        K=dict(type=count, metavar="N", help="rationales a question (default: %(default)s)"),
+        L=dict(type=count, metavar="N", help="longest rationale, tokens (default: %(default)s)"),
+        plot=dict(action="store_true", help="draw it to DIR/COMMAND.png"),
         only=dict(nargs="+", metavar="NAME", help="of the candidates"),
-        rounds=dict(type=count, default=15, metavar="N", help="(default: 15)"),
+        rounds=dict(type=count, default=15, metavar="N", help="(default: %(default)s)"),
         out=dict(type=Path, default=Path("bench"), metavar="DIR", help="(default: bench)"))
     kind = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser = Parser(prog="python -m kernels.bench", description=__doc__, **kind)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (tasks, flags) in COMMANDS.items():
-        about = " ".join(tasks.__doc__.split())
+        about, known = " ".join(tasks.__doc__.split()), SHAPES if name in LOOPS else MODELS
         command = commands.add_parser(name, description=about, help=about.split(". ")[0])
+        options |= dict(models=dict(nargs="+", choices=known, metavar="NAME",
+                                    help=", ".join(known)))
         for flag in (*flags, "only", "rounds", "out"):
-            command.add_argument(f"--{flag}", **(options | dict(models=models))[flag])
-        command.set_defaults(models=every, tokens=tokens)
+            command.add_argument(f"--{flag}", **options[flag])
+        command.set_defaults(models=[m for m in known if (m != "toy") == cuda],
+                             tokens=[4096, 16384, 32768] if cuda else [256])
+    for name in LOOPS:
+        commands.choices[name].set_defaults(rounds=3, K=16, questions=16 if cuda else 8,
+                                            L=256 if cuda else 48)
     commands.choices["tune"].set_defaults(models=["Llama-3.1-8B", "SmolLM2-135M"], tokens=[16384])
     return parser.parse_args(argv)
 
@@ -61,7 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def environment(argv: list[str]) -> dict:
     """What a number needs to be worth something."""
     git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
-    packages = "torch", "triton", "liger_kernel", "cut_cross_entropy"
+    packages = "torch", "triton", "liger_kernel", "cut_cross_entropy", "transformers", "trl"
     done = shutil.which("git") and subprocess.run(git, cwd=Path(__file__).parent, text=True,
                                                   capture_output=True)
     return dict(
@@ -100,14 +113,15 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         rows = run(args, argv)
         if getattr(args, "plot", False):
-            draw(rows, args.out / "logprob.png")
+            (bars if args.command in LOOPS else draw)(rows, args.out / f"{args.command}.png")
         if wrong := [row for row in rows if str(row["note"]).startswith("wrong")]:
             raise Problem(f"{wrong[0]['candidate']} is {wrong[0]['note']}; see {args.out}")
         return 0
     except Problem as e:
         why = e
     except torch.OutOfMemoryError:
-        why = "not even the inputs fit into GPU memory: choose smaller --models, or fewer --tokens"
+        why = ("not even the inputs fit into GPU memory: choose smaller --models, or lower"
+               " --tokens, --questions, --K or --L")
     print(f"kernels.bench: {why}", file=sys.stderr)
     return 1
 

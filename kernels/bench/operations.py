@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import TRITON, reference
-from .timing import OURS, Problem, Task, device, relative
+from .. import TRITON, Problem, reference
+from .timing import OURS, Task, device, relative
 
 MODELS = {  # width D, vocabulary V
     "Llama-3.1-8B": (4096, 128256), "Llama-3.2-1B": (2048, 128256), "Phi-3.5-mini": (3072, 32064),
@@ -32,9 +32,14 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
+def uncompilable() -> str | None:
+    """Why torch.compile would fail here."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return None if found else "not run: no C++ compiler"
+
+
 def compiled(fn: Callable) -> Callable | str:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    return torch.compile(fn, dynamic=False) if compiler else "not run: no C++ compiler"
+    return uncompilable() or torch.compile(fn, dynamic=False)
 
 
 def on_gpu(module: str, name: str) -> Callable | str:
@@ -198,7 +203,7 @@ def sample(args: argparse.Namespace) -> Tasks:
 
 def tune(args: argparse.Namespace) -> Tasks:
     """logprob of our kernel, by tile (rows x columns x depth; loads by TMA or pointers) and by size
-    of the buffer for dZ. triton: as it is."""
+    of the buffer for dZ. ours: as it is."""
     if device() == "cpu":
         raise Problem("tune: needs a CUDA device; --help lists what runs without one")
     from . import token_logprob as ours

@@ -6,7 +6,7 @@ alike. The floor is what the hardware takes for the bare products, copy or read 
 the same rounds.
 """
 
-import math, time
+import gc, math, time
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -17,18 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import TRITON
+from .. import TRITON, Problem, brief
 
-OURS, FLOOR, WARM_UP = "triton", "floor", 2
-
-
-class Problem(Exception):
-    """One sentence for the user: what is wrong, and the way out."""
+OURS, FLOOR, WARM_UP = "ours", "floor", 2
 
 
 class Task(NamedTuple):
     """What is to be computed, and by whom. A pass maps its name to a function that prepares it and
-    returns what is timed, `calls` times in a row where one takes microseconds."""
+    returns what is timed, `calls` times in a row where one takes microseconds.
+
+    A candidate with a report takes seconds: the run that is checked has warmed it up, and it
+    measures its own memory."""
 
     shape: dict[str, object]
     candidates: dict[str, Callable | str]  # by name; a str says why there is none
@@ -37,6 +36,7 @@ class Task(NamedTuple):
     passes: Callable  # candidate -> by name of the pass
     floor: dict[str, Callable]
     calls: int = 10
+    report: Callable | None = None  # name, times of its passes -> more of the candidate's row
 
 
 def device() -> str:
@@ -92,12 +92,15 @@ def relative(x: Tensor, truth: Tensor) -> float:
 
 
 def attempt(row: dict, action: Callable, *args):
-    """Too little memory, of the GPU or of one multiprocessor, is a result: a note in the row."""
+    """Too little memory, of the GPU or of one multiprocessor, is a result, as is a compiler that
+    fails: a note in the row."""
     short = import_module("triton.runtime.errors").OutOfResources if TRITON else MemoryError
     try:
         return action(*args)
     except (torch.OutOfMemoryError, short) as e:
         row["note"] = str(e).split(". ")[0]  # advice follows
+    except import_module("torch._dynamo.exc").TorchDynamoException as e:
+        row["note"] = f"cannot be compiled: {brief(e)}"
 
 
 def check(task: Task, fn: Callable, row: dict) -> None:
@@ -106,12 +109,13 @@ def check(task: Task, fn: Callable, row: dict) -> None:
     row["error"] = {k: e if math.isfinite(e) else None for k, e in errors.items()}
     if wrong := [f"{k} is off by {e:.2g}" for k, e in errors.items() if not e <= task.tolerance]:
         row["note"] = "wrong: " + ", ".join(wrong)
-    elif device() == "cuda":
+    elif device() == "cuda" and not task.report:
         row["peak_bytes"] = {p: extra_bytes(prepare) for p, prepare in task.passes(fn).items()}
 
 
 def measure(make: Callable[[], Task], only: list[str] | None, rounds: int) -> tuple[dict, list]:
     """The shape, and a row for the floor and for each candidate: the timed ones first, by time."""
+    gc.collect()  # the last task's models are full of cycles, which would hold a GPU's memory
     task = make()
     torch.compiler.reset()  # it gives up on a function that has seen many shapes
     if unknown := [name for name in only or () if name not in task.candidates]:
@@ -125,11 +129,14 @@ def measure(make: Callable[[], Task], only: list[str] | None, rounds: int) -> tu
             attempt(row, check, task, fn, row)
             jobs[name] = task.passes(fn)
     samples = {(name, p): [] for name in jobs for p in task.floor}
-    for _, (name, p) in product(range(WARM_UP + rounds), samples):
+    warm_up = 0 if task.report else WARM_UP
+    for _, (name, p) in product(range(warm_up + rounds), samples):
         if rows[name]["note"] is None:
             samples[name, p].append(attempt(rows[name], seconds, jobs[name][p], task.calls))
-    times = {name: {p: quartiles(samples[name, p][WARM_UP:]) for p in task.floor}
+    times = {name: {p: quartiles(samples[name, p][warm_up:]) for p in task.floor}
              for name in jobs if rows[name]["note"] is None}
+    for name in times if task.report else ():
+        rows[name] |= task.report(name, times[name])
     return task.shape, compared(rows, times)
 
 
@@ -150,17 +157,26 @@ def table(shape: dict, rows: list[dict]) -> str:
         values = row.get(key, {}).values()
         return " / ".join("-" if v is None else f"{v / unit:{form}}" for v in values)
 
-    passes = list(rows[0]["seconds"])
-    results = next((row["error"] for row in rows if "error" in row), {})
-    heads = ["candidate", *(f"{p}, ms" for p in passes), "of floor", f"x {OURS}", "extra GB",
-             f"error: {' / '.join(results)}"]
+    def longest(key: str) -> dict:
+        return max((row.get(key, {}) for row in rows), key=len)
+
+    def short(x: float | None) -> str:
+        return "" if x is None else f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+    passes, figures = list(rows[0]["seconds"]), {k: 0 for r in rows for k in r.get("figures", {})}
+    unit, per_s = ("s", 1) if figures else ("ms", 1e3)
+    heads = ["candidate", *(f"{p}, {unit}" for p in passes), "of floor", f"x {OURS}",
+             f"{' / '.join(longest('phases'))}, s", *figures, "extra GB",
+             f"error: {' / '.join(longest('error'))}"]
     lines = []
     for row in rows:
-        times = [[f"{1e3 * t[k]:.4g}" for k in ("median", "q1", "q3")]
+        times = [[f"{per_s * t[k]:.4g}" for k in ("median", "q1", "q3")]
                  for t in row.get("seconds", {}).values()]
         lines.append([row["candidate"], *("{0} ({1} to {2})".format(*t) for t in times),
                       *([row["note"]] + [""] * len(passes))[:0 if times else len(passes)],
                       joined(row, "fraction", ".2f"), joined(row, "ratio", ".2f"),
+                      joined(row, "phases", ".3g") if len(longest("phases")) > 1 else "",
+                      *(short(row.get("figures", {}).get(k)) for k in figures),
                       joined(row, "peak_bytes", ".2f", 1e9), joined(row, "error", ".1e")])
     columns = [(head, "---", *column) for head, *column in zip(heads, *lines) if any(column)]
     title = ", ".join(f"{k} {v}" for k, v in shape.items() if v is not None)
@@ -189,6 +205,30 @@ def draw(rows: list[dict], png: Path) -> None:
         axis.set_xticks(range(len(models)), [f"{name}\nV {V}, D {D}" for V, D, name in models],
                         rotation=60)
         axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(png, dpi=150, facecolor="white")
+    plt.close(figure)
+
+
+def bars(rows: list[dict], png: Path) -> None:
+    """Seconds by phase, stacked: a panel for each model, a bar for each candidate with times."""
+    plt = import_module("matplotlib.pyplot")
+    plt.switch_backend("Agg")
+    rows = [row for row in rows if "phases" in row]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    phases = list(dict.fromkeys(phase for row in rows for phase in row["phases"]))
+    figure, axes = plt.subplots(1, len(models), squeeze=False, layout="constrained",
+                                figsize=(3 + 4 * len(models), 4))
+    for model, axis in zip(models, axes.flat):
+        own = [row for row in rows if row["model"] == model]
+        names, below = [row["candidate"] for row in own], [0.0] * len(own)
+        for phase in phases:
+            heights = [row["phases"].get(phase, 0.0) for row in own]
+            axis.bar(names, heights, bottom=below, label=phase)
+            below = [a + b for a, b in zip(below, heights)]
+        axis.set(title=model, ylabel="s")
+        axis.tick_params(axis="x", rotation=60)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(png, dpi=150, facecolor="white")
