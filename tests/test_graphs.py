@@ -32,6 +32,7 @@ class Tape(TorchDispatchMode):
         self.calls.append((call, args, kwargs or {}, made))
         return made
 
+    @torch.no_grad()
     def replay(self):
         if self.played:
             for call, args, kwargs, made in self.calls:

@@ -14,8 +14,10 @@ import torch.distributed as dist
 import kernels
 import latro
 from conftest import TOY
+from kernels import sampler
 from kernels.bench import __main__ as command
 from kernels.bench import loops
+from test_graphs import Tape
 
 SMALL = "--questions 2 --K 3 --L 12 --rounds 2".split()
 
@@ -62,6 +64,17 @@ def test_rollout(tmp_path):
             assert math.isclose(row["figures"]["tokens/s"], tokens / seconds)
     assert "| ours |" in (tmp_path / "rollout.md").read_text()
     assert (tmp_path / "rollout.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_decode(tmp_path, monkeypatch):
+    """A step, and one that is recorded: a tape stands for the CUDA graph."""
+    code, rows = run(tmp_path, "decode")
+    assert code == 0 and rows["eager"]["note"].startswith("the same") and rows["ours"]["rows"] == 6
+    monkeypatch.setitem(sampler.PACES, "cpu", sampler.Pace(3, 8, True))
+    monkeypatch.setattr(sampler, "record", lambda function, before: Tape(function))
+    code, rows = run(tmp_path, "decode")
+    assert code == 0 and rows["ours"]["error"] == dict(logits=0) == rows["eager"]["error"]
+    assert 0 < rows["ours"]["fraction"]["step"]
 
 
 def test_update(tmp_path):
@@ -159,13 +172,23 @@ def test_bytes_are_those_of_each_step(work):
     assert w.bytes() == 4 * numbers
 
 
+def seen(layout):
+    """How many tokens a token sees, in all: itself and those before it, padding aside."""
+    real = layout.into < len(layout.back) - 1
+    (B, _, P, _), L = layout.trunks.shape, layout.branches.shape[2]
+    trunk, branch = real[:B * P].view(B, P), real[B * P:].view(-1, L)
+    return int((layout.trunks[:, 0] * trunk[:, :, None]).sum()
+               + (layout.branches[:, 0] * branch[:, :, None]).sum())
+
+
 def test_flops_are_those_of_the_tree(work):
     w, D, mlp, V = work(), 128, 384, 163
     block = 4 * D * D + 3 * D * mlp + 2 * D
     by_hand = 0
     for e, group in zip(w.batch, w.made_up()):
         tree = kernels.plant([e.x], [group], 1.0, w.policy)
-        by_hand += 3 * (2 * block * tree.ids.numel() + 4 * D * int(tree.mask.sum()))
+        real = tree.ids.numel() - 1  # the last one is padding
+        by_hand += 3 * (2 * block * real + 4 * D * seen(tree.layout))
         by_hand += 2 * V * D * len(tree.targets)
     assert w.flops() == by_hand
 

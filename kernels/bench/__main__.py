@@ -2,7 +2,7 @@
 
     python -m kernels.bench logprob --models Llama-3.1-8B --tokens 16384 --plot
     python -m kernels.bench score|sample|tune
-    python -m kernels.bench rollout|update --models Llama-3.2-1B --plot
+    python -m kernels.bench decode|rollout|update --models Llama-3.2-1B
 
 DIR/NAME.json and .md are written after every shape; where a candidate was wrong, the exit code is
 1. Without CUDA a toy runs on the CPU, our kernels not at all: an interpreter's times mean nothing.
@@ -17,16 +17,17 @@ from pathlib import Path
 import torch
 
 from .. import Problem
-from .loops import SHAPES, rollout, update
+from .loops import SHAPES, decode, measured, measured_apart, rollout, update
 from .operations import MODELS, logprob, sample, score, tune
 from .timing import bars, device, draw, measure, table
 
 COMMANDS = {  # what makes the tasks, and its options beside those that all have
     "logprob": (logprob, ("models", "tokens", "frozen", "plot")), "score": (score, ()),
     "sample": (sample, ("models",)), "tune": (tune, ("models", "tokens", "frozen")),
+    "decode": (decode, ("models", "questions", "K", "L")),
     "rollout": (rollout, ("models", "questions", "K", "L", "plot")),
     "update": (update, ("models", "questions", "K", "L", "plot"))}
-LOOPS = "rollout", "update"
+LOOPS = "decode", "rollout", "update"
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,8 +97,11 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[dict]:
         raise Problem(f"--out {args.out}: {e.strerror}; name a directory to write to") from None
     facts = ", ".join(f"{k} {v}" for k, v in about.items())
     text = f"{' '.join(tasks.__doc__.split())}\n\n{facts}\n\n"
+    once = measure
+    if args.command in LOOPS:
+        once = measured_apart if len(args.models) > 1 else measured
     for make in tasks(args):
-        shape, some = measure(make, args.only, args.rounds)
+        shape, some = once(make, args.only, args.rounds)
         print(table(shape, some) if rows else text + table(shape, some), flush=True)
         rows, text = rows + [shape | row for row in some], text + table(shape, some)
         held = json.dumps(about | dict(rows=rows), indent=1, allow_nan=False)

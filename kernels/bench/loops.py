@@ -6,12 +6,14 @@ about one rationale in sixteen is cut at L. The vocabulary's last token is EOS.
 """
 
 import argparse, math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
+from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from types import SimpleNamespace
@@ -22,10 +24,11 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
-from .. import Example, Problem, Rationale, conclude, pick_tokens, sample
+from .. import Example, Problem, Rationale, conclude, pick_tokens, sample, tree_size
 from ..planner import FLOPS, Shape
+from ..sampler import Decoder, Recorded
 from .operations import Tasks, uncompilable
-from .timing import FLOOR, OURS, Task, device, quartiles
+from .timing import FLOOR, OURS, Task, device, measure, quartiles, relative
 
 SHAPES = {
     "SmolLM2-135M": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -117,12 +120,19 @@ class Work:
     def bytes(self) -> float:
         """That decoding has to read: the weights for every token of the longest row behind its
         first, and the keys and values of each row that still runs, as many as it has."""
-        s, tied = self.shape, self.policy.config.tie_word_embeddings
         rows = zip((e.x for e in self.batch for _ in range(self.args.K)), self.lengths)
         seen = sum((n - 1) * (len(x) + n / 2) for x, n in rows)
-        weights = s.n - (0 if tied else s.V * s.D)  # an embedding is looked up, not read
         each = torch.finfo(self.dtype).bits // 8
-        return each * ((max(self.lengths) - 1) * weights + seen * s.layers * 2 * s.G)
+        return each * ((max(self.lengths) - 1) * self.weights() + seen * self.token())
+
+    def weights(self) -> int:
+        """Numbers that a step reads of them: of an embedding that is not the head, next to none."""
+        tied = self.policy.config.tie_word_embeddings
+        return self.shape.n - (0 if tied else self.shape.V * self.shape.D)
+
+    def token(self) -> int:
+        """Numbers that the cache holds of a token."""
+        return self.shape.layers * 2 * self.shape.G
 
     def flops(self) -> float:
         """Of a forward pass that does nothing twice: each prompt once, the head for what is scored,
@@ -243,14 +253,14 @@ class Ours(Loop):
 
     def learn(self, groups: list[list[Rationale]]) -> None:
         import latro
-        w, micro = self.work, self.work.args.micro
+        w = self.work
         w.attend("latro")
-        for i in range(0, len(groups), micro):
-            z = groups[i:i + micro]
+        for some in latro.deal([*map(tree_size, w.batch, groups)], w.args.micro):
+            x, z = zip(*((w.batch[i], groups[i]) for i in some))
             with self.phase("score"):
-                logp, s = latro.score(w.policy, w.reference, w.batch[i:i + len(z)], z, w.args)
+                logp, s = latro.score(w.policy, w.reference, x, z, w.args)
             with self.phase("backward"):
-                latro.backward(-(s.weights * logp).sum())
+                latro.backward(-(s.weights * logp).sum(), w.policy)
 
 
 class Generate(Loop):
@@ -460,14 +470,64 @@ def loop_task(model: str, args: argparse.Namespace, train: bool) -> Task:
                 report=partial(report, loops | {FLOOR: floor}))
 
 
+def decode_task(model: str, args: argparse.Namespace) -> Task:
+    """One step of questions x K rows, L tokens behind each, the same step again and again."""
+    work, rows = Work(model, args, train=False), args.questions * args.K
+    prompts = np.random.default_rng(0).integers(work.eos, size=(rows, args.L)).tolist()
+    chance = torch.rand(rows, dtype=torch.float64, device=device())
+    with torch.no_grad():
+        decoder = Decoder(work.policy, prompts, 1, 1)
+    decoder.shape(1)
+    drawn = decoder.logits.argmax(-1)
+    token, logits = drawn.clone(), torch.empty_like(decoder.logits)
+
+    @torch.no_grad()
+    def step() -> tuple:
+        logits.copy_(decoder.step(token))
+        drawn.copy_(pick_tokens(logits, chance, 1.0))
+        decoder.end -= 1
+        return ()
+    recorded = Recorded(step) if decoder.pace.graphs else None
+    steps = {OURS: partial(recorded, ()) if recorded else step,
+             "eager": step if recorded else "the same: a CPU records nothing"}
+
+    def result(run: Callable) -> Tensor:
+        [run() for _ in range(3)]  # what is recorded runs as such from the second time on
+        return logits.clone()
+    truth, width = result(step), torch.finfo(work.dtype).bits // 8
+    floor = partial(read, width * (work.weights() + rows * args.L * work.token()))
+    return Task(dict(model=model, layers=work.shape.layers, rows=rows, columns=args.L), steps, 1e-3,
+                lambda run: dict(logits=relative(result(run), truth)),
+                lambda run: dict(step=lambda: run), dict(step=lambda: floor))
+
+
 def tasks(args: argparse.Namespace, train: bool) -> Tasks:
+    for model in args.models:
+        yield partial(loop_task, model, args, train)
+
+
+def decode(args: argparse.Namespace) -> Tasks:
+    """A step of decoding: a token for each of questions x K rows that have L tokens behind them,
+    drawn too. floor: a read of the weights, keys and values that it must read. eager: what is ours,
+    launched operation by operation. error: of the logits, relative to eager's."""
+    for model in args.models:
+        yield partial(decode_task, model, args)
+
+
+def measured(make: Callable[[], Task], only: list[str] | None, rounds: int) -> tuple[dict, list]:
+    """measure, in a group of this process alone, as latro.train makes one."""
     import latro
     latro.connect()
     try:
-        for model in args.models:
-            yield partial(loop_task, model, args, train)
+        return measure(make, only, rounds)
     finally:
         dist.destroy_process_group()
+
+
+def measured_apart(*args) -> tuple[dict, list]:
+    """measured, in a process of its own: models leave nothing behind for the next ones."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(measured, *args).result()
 
 
 def rollout(args: argparse.Namespace) -> Tasks:

@@ -6,7 +6,7 @@ alike. The floor is what the hardware takes for the bare products, copy or read 
 the same rounds.
 """
 
-import gc, math, time
+import math, time
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -115,7 +115,6 @@ def check(task: Task, fn: Callable, row: dict) -> None:
 
 def measure(make: Callable[[], Task], only: list[str] | None, rounds: int) -> tuple[dict, list]:
     """The shape, and a row for the floor and for each candidate: the timed ones first, by time."""
-    gc.collect()  # the last task's models are full of cycles, which would hold a GPU's memory
     task = make()
     torch.compiler.reset()  # it gives up on a function that has seen many shapes
     if unknown := [name for name in only or () if name not in task.candidates]:
