@@ -197,8 +197,9 @@ def share(items: list) -> list:
 
 def gather(mine: list) -> list:
     """The inverse of share, on every process."""
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, mine)
+    parts = [mine] * world_size()
+    if len(parts) > 1:  # gloo's own threads would put OpenMP's to sleep between small operations
+        dist.all_gather_object(parts, mine)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 def deal(sizes: list[int], budget: int) -> list[list[int]]:
