@@ -333,10 +333,11 @@ def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
 def logprobs(self: nn.Module, tree: Tree) -> Tensor:
     """(T,) log-probs of the tree's targets, nats. A method, so that FSDP's hooks surround it."""
     self.train(torch.is_grad_enabled())  # train mode is what allows checkpointing
-    h = self.model(input_ids=tree.ids, position_ids=tree.position, layout=tree.layout,
-                   attention_mask=tree.layout.branches, use_cache=False).last_hidden_state[0]
-    self.eval()
     head = self.get_output_embeddings().weight
+    layout = tree.layout.biased(head, self.config)
+    h = self.model(input_ids=tree.ids, position_ids=tree.position, attention_mask=layout.branches,
+                   layout=layout, use_cache=False).last_hidden_state[0]
+    self.eval()
     return token_logprobs(h[tree.sources], head, tree.targets, tree.temperature)
 
 def score(policy, reference, batch: list[Example], groups: list[list[Rationale]],

@@ -18,9 +18,8 @@ def attention(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: fl
               layout: "Layout | None" = None, **_):
     """softmax(scaling q k^T + mask) v: what transformers calls in every layer.
 
-    q (B, heads, Q, d); k, v (B, groups, S, d); mask (B, 1, Q, S) bool, true where a query sees a
-    key: one that sees none would be NaN. With a layout, of its S tokens. Returns
-    (B, Q, heads, d)."""
+    q (B, heads, Q, d); k, v (B, groups, S, d); mask as from `bias`. With a layout, of its S tokens
+    in one row. Returns (B, Q, heads, d)."""
     if layout is None:
         return attend(q, k, v, mask, scaling).transpose(1, 2), None
     return among_branches(q, k, v, layout, scaling), None
@@ -28,13 +27,18 @@ def attention(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: fl
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """(B, heads, Q, d). Heads that share keys become queries of one: no key is copied."""
-    B, heads, Q, d = q.shape
-    share = heads // k.shape[1]
-    if share > 1 < Q:
-        mask = mask.repeat(1, 1, share, 1)
-    o = F.scaled_dot_product_attention(
-        q.reshape(B, k.shape[1], share * Q, d), k, v, mask, scale=scaling)
+    o = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, mask,
+                                       scale=scaling)
     return o.reshape(q.shape)
+
+
+def bias(sees: Tensor, like: Tensor, config) -> Tensor:
+    """(B, 1, Q, S) bool -> what is added to logits, in the dtype of `like`: 0 where a query sees a
+    key, else -inf; (B, 1, heads / groups Q, S), as `attend` has them, or broadcast if Q is 1. A
+    query that sees nothing would be NaN. Made once, where SDPA would make it in every layer."""
+    added = torch.zeros_like(sees, dtype=like.dtype).masked_fill_(~sees, -math.inf)
+    share = config.num_attention_heads // config.num_key_value_heads
+    return added.repeat(1, 1, share, 1) if sees.shape[2] > 1 else added
 
 
 class Layout(NamedTuple):
@@ -47,6 +51,11 @@ class Layout(NamedTuple):
     back: Tensor  # (S,): the place of each token
     trunks: Tensor  # (B, 1, P, P) bool: who sees whom
     branches: Tensor  # (R, 1, L, P + L) bool: the trunk's tokens, then those of the branch
+
+    def biased(self, like: Tensor, config) -> "Layout":
+        """With masks as attention wants them."""
+        return self._replace(trunks=bias(self.trunks, like, config),
+                             branches=bias(self.branches, like, config))
 
 
 class Move(torch.autograd.Function):
@@ -66,11 +75,11 @@ class Move(torch.autograd.Function):
 def among_branches(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
     """Attention of one row of S tokens in which each sees its trunk and its own branch: work and
     memory of R branches with a copy of the trunk each, not S^2. Returns (1, S, heads, d)."""
-    (B, _, P, _), (R, _, L, _) = layout.trunks.shape, layout.branches.shape
+    (B, *_, P), (R, *_, L) = layout.trunks.shape, layout.branches.shape
 
     def rows(t: Tensor) -> tuple[Tensor, Tensor]:
         trunk, branch = Move.apply(t[0].transpose(0, 1), layout.into, layout.back).split(
-            [B * P, R * L])
+            [B * P, R * (L - P)])
         return (part.view(n, -1, *part.shape[1:]).transpose(1, 2)
                 for part, n in ((trunk, B), (branch, R)))
 

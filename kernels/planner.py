@@ -65,11 +65,10 @@ class Shape:
         """What the gradient of a block needs of a tree; e: bytes of a number.
 
         A norm keeps its input in float32, it normalised, and what it returns; attention q, k and v
-        of the rows, what it returns, moved back too, and the mask as numbers; the MLP gate, its
-        SiLU, up, and their product."""
+        of the rows, and what it returns, moved back too; the MLP gate, its SiLU, up, and their
+        product."""
         norms = 2 * self.D * (4 + 2 * e) + self.normed * (4 + e)
         rows = 2 * self.places * (self.H + self.G) + 2 * self.seen * self.G
-        rows += self.pairs * self.H // self.G
         return self.S * (norms + e * (self.H + 4 * self.mlp)) + e * rows
 
     def cache(self, tokens: float, e: int = 2) -> float:
@@ -92,7 +91,8 @@ def moments(s: Shape, e: int = 2) -> dict[str, dict[str, float]]:
         return rest | dict(gathered=e * gathered, cache=s.cache(wide(tokens), e) * more,
                            logits=24 * s.rows * s.V)  # logits, p and one between, and recorded
     kept = s.layers * (e * s.S * s.D if s.checkpointing else s.block_bytes(e))
-    kept = s.trees * (kept + s.pairs + s.S * 2 * e * s.width)  # masks; cosines and sines
+    masks = s.pairs * (1 + e * s.H // s.G)  # as bool, and as numbers for heads that share keys
+    kept = s.trees * (kept + masks + s.S * 2 * e * s.width)  # cosines and sines
     again = s.checkpointing * s.block_bytes(e) + e * s.S * (s.D + 2 * s.mlp)
     T, root, dW = s.trees * s.T, e * s.root * both, e * s.V * s.D
     known = rest | dict(gradients=4 * s.held())

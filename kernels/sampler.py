@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import FAR, sees, window
+from .attention import FAR, bias, sees, window
 from .reference import pick_tokens
 
 
@@ -83,9 +83,10 @@ class Decoder:
 
     def forward(self, ids: Tensor, position: Tensor, mask: Tensor) -> Tensor:
         """(rows, V) logits of the next token, in float32 from the product on."""
+        W = self.policy.get_output_embeddings().weight
+        mask = bias(mask, W, self.policy.config)
         h = self.policy.model(ids, position_ids=position, attention_mask=mask, use_cache=True,
                               past_key_values=self.cache).last_hidden_state[:, -1]
-        W = self.policy.get_output_embeddings().weight
         if h.is_cuda and h.dtype != torch.float32:
             return torch.mm(h, W.T, out_dtype=torch.float32)
         return h.float() @ W.float().T
@@ -125,12 +126,12 @@ class Rows:
     def note(self, token: Tensor, rules: "Rules") -> None:
         """Appends a token (rows,) to each running row, and notes which of them end with it."""
         row, t = self.row, self.t + 1
-        self.ids[row, self.t] = token.where(self.running, -1)
+        self.ids[row, self.t] = token.masked_fill(~self.running, -1)
         self.last.copy_(torch.cat([self.last[:, 1:], token[:, None]], 1))
         is_eos = (token[:, None] == rules.eos).any(1)
         stop = -is_eos.long()
         for s in rules.stops:
-            stop = stop.where((self.last[:, -len(s):] != s).any(1), len(s))
+            stop = stop.masked_fill((self.last[:, -len(s):] == s).all(1), len(s))
         ended = self.running & (self.end[row] == 0) & ((stop != 0) | (t == rules.L))
         self.end[row], self.by[row] = (
             t.where(ended, self.end[row]), stop.where(ended, self.by[row]))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import kernels
 import latro
 from conftest import ROOT, TINY, TOY, begin, launch, rows, start
-from kernels import planner, reference
+from kernels import planner, reference, sampler
 
 pytestmark = pytest.mark.gpu
 SHAPES = {"8B": (2048, 4096, 128256), "135M": (4096, 576, 49152), "0.5B": (1000, 896, 151936),
@@ -146,6 +146,58 @@ def test_from_the_shell(tmp_path):
     code, printed, errors = launch(*TINY, "--steps", 1, "--out", tmp_path / "out")
     assert code == 0, errors
     assert "held-out questions" in printed
+
+
+@pytest.fixture
+def policy():
+    """A model that rambles, in bfloat16; its toy-sized logits are far from uniform."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=1000, hidden_size=256, intermediate_size=512, eos_token_id=1,
+                         num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+                         max_position_embeddings=2048, initializer_range=0.1)
+    return kernels.adopt(LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval())
+
+
+def drawn(policy, K=16, L=300):
+    """Rows of three prompts that end all over the place: at any of thirty tokens."""
+    uniform = torch.rand(3 * K, L, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    prompts = [[*range(5, 5 + n)] for n in (90, 40, 7)]
+    return kernels.sample(policy, prompts, [], [*range(8)], K, L, uniform)
+
+
+def test_recorded_samples(policy, monkeypatch):
+    """As CUDA graphs and without: the same, to the last token."""
+    made, record = [], sampler.record
+    monkeypatch.setattr(sampler, "record", lambda *args: made.append(record(*args)) or made[-1])
+    recorded = drawn(policy)
+    assert 3 < len(made) < 15 and len({len(ids) for ids, *_ in recorded}) > 20
+    monkeypatch.setitem(sampler.PACES, "cuda", sampler.PACES["cuda"]._replace(graphs=False))
+    assert drawn(policy) == recorded
+
+
+def test_the_host_does_not_wait_for_a_step(policy, monkeypatch):
+    """Neither recorded, nor step by step."""
+    def unwaited(self, shape, call=sampler.Recorded.__call__):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(self, shape)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(sampler.Recorded, "__call__", unwaited)
+    drawn(policy)
+    monkeypatch.setattr(sampler.Recorded, "__call__",
+                        lambda self, _: unwaited(self, _, lambda self, _: self.function()))
+    drawn(policy)
+
+
+def test_rollouts_share_their_memory(policy):
+    """What two of them have taken is enough for ten."""
+    for _ in range(2):
+        drawn(policy)
+    taken = torch.cuda.memory_reserved()
+    for _ in range(8):
+        drawn(policy)
+    assert torch.cuda.memory_reserved() <= 1.05 * taken
 
 
 CRAMPED = """import sys, torch

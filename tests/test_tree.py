@@ -164,7 +164,8 @@ def test_attention_over_branches_is_attention_over_all():
     upstream[:, -1] = 0  # nobody scores it
     wide = [t.repeat_interleave(3, 1) for t in (k, v)]
     wanted = nn.functional.scaled_dot_product_attention(q, *wide, mask[None, None], scale=0.3)
-    found, _ = kernels.attention(None, q, k, v, layout.branches, 0.3, layout=layout)
+    shared = SimpleNamespace(num_attention_heads=6, num_key_value_heads=2)
+    found, _ = kernels.attention(None, q, k, v, None, 0.3, layout=layout.biased(q, shared))
     assert (found - wanted.transpose(1, 2))[:, :-1].abs().max() < 1e-14
     for a, b in zip(torch.autograd.grad((found * upstream).sum(), (q, k, v)), torch.autograd.grad(
             (wanted.transpose(1, 2) * upstream).sum(), (q, k, v))):
@@ -272,7 +273,8 @@ def test_a_row_hangs_on_its_own_numbers_alone(name):
 
 class Script:
     """A policy that counts: token t is followed by t + 1."""
-    device, config = torch.device("cpu"), SimpleNamespace()
+    device = torch.device("cpu")
+    config = SimpleNamespace(num_attention_heads=1, num_key_value_heads=1)
 
     def model(self, ids, past_key_values, **_):
         past_key_values.update(*torch.zeros(2, len(ids), 1, ids.shape[1], 1), 0)
