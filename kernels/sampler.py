@@ -7,6 +7,7 @@ that they look at stay what they are.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -65,18 +66,24 @@ class Decoder:
 
     def __init__(self, policy, prompts: list[list[int]], K: int, room: int):
         """`room`: tokens to follow the prompts, at most."""
-        self.policy, self.cache, self.reach = policy, Cache(), window(policy.config)
-        self.P, device = max(map(len, prompts)), policy.device
+        self.policy, self.prompts, self.K = policy, prompts, K
+        self.cache, self.reach = Cache(), window(policy.config)
+        self.P, self.room, device = max(map(len, prompts)), room, policy.device
         self.pace = PACES[device.type]
-        before = torch.tensor([self.P - len(p) for p in prompts], device=device)
-        ids = torch.tensor([[0] * (self.P - len(p)) + p for p in prompts], device=device)
+        self.before = torch.tensor([self.P - len(p) for p in prompts], device=device)
         self.column = torch.arange(self.P + room + self.pace.columns, device=device)
-        position = self.column[:self.P] - before[:, None]  # prompts are padded on the left
-        place = position.where(position >= 0, FAR)
-        self.logits = self.forward(ids, position.clamp(min=0), sees(place, place, self.reach))
-        self.cache.spread(K, self.wide(self.P + room))
-        self.logits, self.before = (t.repeat_interleave(K, 0) for t in (self.logits, before))
         self.end = torch.tensor([self.P], device=device)  # the column of the next token
+
+    def begin(self) -> Tensor:
+        """Reads the prompts, padded on the left, once each; returns the logits behind each row's."""
+        ids = [[0] * (self.P - len(p)) + p for p in self.prompts]
+        position = self.column[:self.P] - self.before[:, None]
+        place = position.where(position >= 0, FAR)
+        logits = self.forward(torch.tensor(ids, device=position.device), position.clamp(min=0),
+                              sees(place, place, self.reach))
+        self.cache.spread(self.K, self.wide(self.P + self.room))
+        self.before = self.before.repeat_interleave(self.K)
+        return logits.repeat_interleave(self.K, 0)
 
     def wide(self, columns: int) -> int:
         return -(-columns // self.pace.columns) * self.pace.columns
@@ -157,31 +164,38 @@ class Rules(NamedTuple):
 class Recorded:
     """A function whose work on the GPU is the same in every call of a shape: it runs the first
     time, is recorded the second, and from then on launched as a whole."""
+    latest = None  # alive, for the sake of its memory: the next recording's, of any rollout
 
     def __init__(self, function: Callable[[], None]):
-        self.function, self.shape, self.fits, self.graph = function, None, False, None
+        self.function, self.shape, self.graph = function, None, None
 
     def __call__(self, shape: tuple) -> None:
         if shape != self.shape:
-            self.shape, self.fits = shape, False
+            self.shape, self.graph = shape, None
             return self.function()
-        if not self.fits:
-            self.graph, self.fits = record(self.function, self.graph), True
+        if self.graph is None:
+            self.graph = Recorded.latest = record(self.function, Recorded.latest)
         self.graph.replay()
+
+
+@cache
+def aside() -> torch.cuda.Stream:
+    """The stream of all recordings, as cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream()
 
 
 def record(function: Callable[[], None], before: torch.cuda.CUDAGraph | None):
     """A CUDA graph, in the memory of the one before it. By hand: torch.cuda.graph would first hand
     all unused memory back to the driver. Threads such as NCCL's may go on calling CUDA."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    graph = torch.cuda.CUDAGraph()
+    aside().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside()):
         graph.capture_begin(before and before.pool(), capture_error_mode="thread_local")
         try:
             function()
         finally:
             graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(aside())
     return graph
 
 
@@ -210,7 +224,7 @@ def sample(policy, prompts: list[list[int]], stops: list[list[int]], eos: list[i
         draw(decoder.step(rows.token))
 
     advance = Recorded(step) if decoder.pace.graphs else lambda _: step()
-    draw(decoder.logits)
+    draw(decoder.begin())
     for t in range(1, L + room):
         if t % decoder.pace.look == 0:
             if not (left := int(rows.running.sum())):

@@ -53,6 +53,7 @@ def tapes(monkeypatch):
         made.append(Tape(function))
         return made[-1]
     monkeypatch.setattr(sampler, "record", record)
+    monkeypatch.setattr(sampler.Recorded, "latest", None)
     monkeypatch.setitem(sampler.PACES, "cpu", sampler.Pace(look=3, columns=8, graphs=True))
     return made
 

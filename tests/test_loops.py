@@ -72,6 +72,7 @@ def test_decode(tmp_path, monkeypatch):
     assert code == 0 and rows["eager"]["note"].startswith("the same") and rows["ours"]["rows"] == 6
     monkeypatch.setitem(sampler.PACES, "cpu", sampler.Pace(3, 8, True))
     monkeypatch.setattr(sampler, "record", lambda function, before: Tape(function))
+    monkeypatch.setattr(sampler.Recorded, "latest", None)
     code, rows = run(tmp_path, "decode")
     assert code == 0 and rows["ours"]["error"] == dict(logits=0) == rows["eager"]["error"]
     assert 0 < rows["ours"]["fraction"]["step"]

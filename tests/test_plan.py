@@ -208,6 +208,7 @@ def test_cache(name, monkeypatch):
     policy, s = model(name).eval(), shape(name)
     with torch.no_grad(), Alive(policy) as alive:
         decoder = sampler.Decoder(policy, [[4] * X] * s.questions, K, L)
+        decoder.begin()
         decoder.shape(L)
         held = sum(t.nbytes for kv in decoder.cache.kv.values() for t in kv)
         alive.peak = before = alive.now

@@ -475,11 +475,11 @@ def decode_task(model: str, args: argparse.Namespace) -> Task:
     work, rows = Work(model, args, train=False), args.questions * args.K
     prompts = np.random.default_rng(0).integers(work.eos, size=(rows, args.L)).tolist()
     chance = torch.rand(rows, dtype=torch.float64, device=device())
+    decoder = Decoder(work.policy, prompts, 1, 1)
     with torch.no_grad():
-        decoder = Decoder(work.policy, prompts, 1, 1)
+        logits = decoder.begin()
     decoder.shape(1)
-    drawn = decoder.logits.argmax(-1)
-    token, logits = drawn.clone(), torch.empty_like(decoder.logits)
+    token, drawn = logits.argmax(-1), torch.empty_like(chance, dtype=torch.long)
 
     @torch.no_grad()
     def step() -> tuple:
