@@ -486,8 +486,9 @@ def restore(args: Args, policy, optimizer) -> int:
     return step
 
 # ------------------------------------------------------------------------------ 7. training
-LOWER = dict(sample="--K, --L or --questions", score="--micro, --K or --L",
-             backward="--micro, --K or --L", step="--shard, or take more GPUs")
+LESS = "--micro, --K or --L, or take --checkpointing"
+LOWER = dict(sample="--K, --L or --questions", score=LESS, backward=LESS,
+             step="--shard, or take more GPUs")
 STEADIER = "try a lower --lr, a higher --beta, or another --seed"
 
 @contextmanager

@@ -3,6 +3,7 @@ against every tensor that a forward and a backward pass keep alive; FLOPs agains
 test_gpu.py compares the peak of a whole run."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,6 +222,23 @@ def test_cache(name, monkeypatch):
 def test_dz_is_that_of_the_kernel():
     token_logprob = pytest.importorskip("kernels.token_logprob")
     assert planner.DZ == token_logprob.DZ_BYTES
+
+
+def test_activations_are_computed_again_where_they_do_not_fit(monkeypatch):
+    """As --plan says of a card of that size, unless the flag decides; never for want of a GPU."""
+    config, cuda, cpu = CONFIGS["llama"], torch.device("cuda"), torch.device("cpu")
+    needs = {again: planner.peak(planner.moments(planner.Shape(
+        config, args(checkpointing=again), 1))) for again in (False, True)}
+    assert needs[True] < needs[False]
+    for memory, crowded in ((needs[False], False), (needs[False] - 1, True), (1, True)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties",
+                            lambda _: SimpleNamespace(total_memory=1.06 * memory + 0.1))
+        assert kernels.crowded(config, args(), 1, cuda) == crowded
+        assert kernels.crowded(config, args(checkpointing=True), 1, cuda)
+        assert not kernels.crowded(config, args(checkpointing=False), 1, cuda)
+        assert not kernels.crowded(config, args(), 1, cpu)
+        s, _ = planner.fitted(config, args(), 1, memory)
+        assert s.checkpointing == crowded
 
 
 def test_weights_are_not_loaded(monkeypatch, capsys):
