@@ -25,12 +25,16 @@ SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=40, num_hidden_laye
              bos_token_id=None, eos_token_id=None, pad_token_id=None)
 LLAMA3 = dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0,
               high_freq_factor=4.0, original_max_position_embeddings=16)
+LONG = dict(rope_type="longrope", rope_theta=1000.0, short_factor=[1.0, 1.5, 2.0, 3.0],
+            long_factor=[2.0, 4.0, 6.0, 8.0], original_max_position_embeddings=48)
 CONFIGS = dict(
     llama=hf.LlamaConfig(**SHAPE), llama_tied=hf.LlamaConfig(**SHAPE, tie_word_embeddings=True),
     llama3=hf.LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
     mistral=hf.MistralConfig(**SHAPE, sliding_window=None),
     mistral_window=hf.MistralConfig(**SHAPE, sliding_window=6),
-    phi3=hf.Phi3Config(**SHAPE), phi3_window=hf.Phi3Config(**SHAPE, sliding_window=6),
+    phi3=hf.Phi3Config(**SHAPE),
+    phi3_long=hf.Phi3Config(**SHAPE, rope_parameters=LONG, original_max_position_embeddings=48),
+    phi3_window=hf.Phi3Config(**SHAPE, sliding_window=6),
     qwen2=hf.Qwen2Config(**SHAPE), qwen2_tied=hf.Qwen2Config(**SHAPE, tie_word_embeddings=True),
     qwen3=hf.Qwen3Config(**SHAPE, head_dim=12))
 PROMPTS = [[1, 8, 2], [6, 0, 1, 20, 11, 12, 2, 2, 19], [17], [10, 9, 8, 15, 3]]
@@ -49,6 +53,7 @@ def model(name: str, attention: str = "latro", dtype=torch.float32):
                 setattr(parent, key, norm)
     for key, p in m.named_parameters():  # biases and norms too, each its own
         nn.init.normal_(p, float("norm" in key), 0.25)
+    m = kernels.adopt(m) if attention == "latro" else m
     m.set_attn_implementation(attention)
     m.logprobs = latro.logprobs.__get__(m)
     return m.eval()
