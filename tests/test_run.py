@@ -393,3 +393,20 @@ def test_signal_finishes_the_update_and_says_how_to_go_on(number, tmp_path):
     last = rows(out)[-1]["step"]
     assert 0 < last < 5000 and (out / "state" / f"step-{last:06d}").is_dir()
     AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_samples_are_those_of_the_question(tmp_path, monkeypatch):
+    """In whatever order trees are scored: by size, here one at a time."""
+    drawn, rollout = [], latro.rollout
+
+    def spy(*args, **how):
+        drawn.append(rollout(*args, **how))
+        return drawn[-1]
+    monkeypatch.setattr(latro, "rollout", spy)
+    monkeypatch.setattr(latro, "look", lambda *_: None)
+    monkeypatch.setattr(latro, "report", lambda _: None)
+    flags = "--questions 4 --steps 4 --micro 1".split()
+    logged = rows(start(*TINY, *flags, out=tmp_path / "out"), "samples")
+    lengths = [[[len(r.actions) for r in group] for group in groups] for groups in drawn]
+    assert [[s["actions"] for s in row["samples"]] for row in logged] == [own[0] for own in lengths]
+    assert any(sum(own[0]) < max(map(sum, own)) for own in lengths)

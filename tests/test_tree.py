@@ -177,6 +177,13 @@ def test_attention_over_branches_is_attention_over_all():
         assert (a - b).abs().max() < 1e-14 and (a[:, :, -1] == 0).all()
 
 
+@pytest.mark.parametrize("sizes, budget, passes", [
+    ([3, 3, 2, 4, 5, 2], 6, [[0, 1], [2, 3], [4], [5]]), ([7, 2, 4], 6, [[0], [1, 2]]),
+    ([1, 1], 1, [[0], [1]]), ([1, 1], 9, [[0, 1]]), ([], 9, [])])
+def test_packs(sizes, budget, passes):
+    assert kernels.packs(sizes, budget) == passes
+
+
 def test_rounded_sizes(monkeypatch):
     """As on a GPU: more places, more tokens that nobody sees, the same numbers."""
     policy, groups = model("mistral_window", dtype=torch.float64), ragged("answer")
