@@ -51,9 +51,9 @@ class Shape:
         self.x, self.y, self.L, self.T = x, y, args.L, self.K * (args.L + y)
         self.S = x + self.T - self.K + 1  # the last token of y predicts nothing; one for padding
         self.trees = max(1, min(self.questions, args.micro / self.S))  # of a forward pass
-        self.places = x + self.T  # of queries in rows of their own; what those rows see:
-        self.seen = x + self.K * x + self.T
-        self.pairs = x * x + self.T * (x + args.L + y)
+        self.places = x + self.T  # of a tree's tokens, trunk and branches in rows of their own
+        self.seen = x + self.K * x + self.T  # by those rows: each branch sees the trunk as well
+        self.pairs = x * x + self.T * (x + args.L + y)  # of places and what they could see
         self.reference = args.objective == "latro" and args.beta > 0
         self.checkpointing = bool(args.checkpointing)
 

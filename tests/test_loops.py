@@ -16,7 +16,8 @@ import latro
 from conftest import TOY
 from kernels import sampler
 from kernels.bench import __main__ as command
-from kernels.bench import loops
+from kernels.bench import loops, rivals
+from kernels.bench import work as shared
 from test_graphs import Tape
 
 SMALL = "--questions 2 --K 3 --L 12 --rounds 2".split()
@@ -41,7 +42,7 @@ def run(out, *argv):
 def work():
     """Makes models and questions, for training unless told otherwise."""
     latro.connect()
-    yield lambda B=2, K=3, L=12, train=True: loops.Work(
+    yield lambda B=2, K=3, L=12, train=True: shared.Work(
         "toy", SimpleNamespace(questions=B, K=K, L=L), train)
     dist.destroy_process_group()
 
@@ -100,8 +101,8 @@ def test_update(tmp_path):
 def test_in_a_gpus_precision(tmp_path, monkeypatch):
     """float32 weights under FSDP2 that compute in bfloat16."""
     monkeypatch.setattr(latro, "compute_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(loops.Generate, "draw", drawn := lambda self, driven: forced(self.work))
-    monkeypatch.setattr(loops.Ours, "draw", drawn)
+    monkeypatch.setattr(rivals.Generate, "draw", drawn := lambda self, driven: forced(self.work))
+    monkeypatch.setattr(shared.Ours, "draw", drawn)
     _, rows = run(tmp_path, "update")
     assert 1e-5 < rows["released"]["error"]["gradient"] < 0.1
 
@@ -116,15 +117,16 @@ def off_by_one(self, model, rows):
     return sums(self, model, [(a[:-1], a[-1:] + b) for a, b in rows])
 
 
-sums = loops.Released.sums
+sums = rivals.Released.sums
 
 
 @pytest.mark.parametrize("where, name, what, named", [
-    (loops.Released, "sums", off_by_one, "released is wrong: gradient is off"),
-    (loops.Released, "sums", lambda *args: -sums(*args), "released is wrong: gradient is off by 2"),
-    (loops.Ours, "draw", lambda self, _: [z[:-1] or z for z in forced(self.work)],
+    (rivals.Released, "sums", off_by_one, "released is wrong: gradient is off"),
+    (rivals.Released, "sums", lambda *args: -sums(*args),
+     "released is wrong: gradient is off by 2"),
+    (shared.Ours, "draw", lambda self, _: [z[:-1] or z for z in forced(self.work)],
      "ours is wrong: lengths is off by"),
-    (loops.Ours, "draw", lambda self, _: forced(self.work), "ours is wrong: tokens is off by 6")])
+    (shared.Ours, "draw", lambda self, _: forced(self.work), "ours is wrong: tokens is off by 6")])
 def test_another_computation_is_found_out(tmp_path, monkeypatch, capsys, where, name, what, named):
     monkeypatch.setattr(where, name, what)
     code, rows = run(tmp_path, "update")
@@ -135,9 +137,9 @@ def test_another_computation_is_found_out(tmp_path, monkeypatch, capsys, where, 
 def test_our_gradient_has_both_terms(work):
     """Without the answer term it is not the released procedure's."""
     w = work()
-    truth = loops.Ours(w).gradient()
+    truth = shared.Ours(w).gradient()
     w.args.answer_weight = 0.0
-    error = loops.errors(dict(gradient=truth), loops.Ours(w))
+    error = loops.errors(dict(gradient=truth), shared.Ours(w))
     assert error["gradient"] > 0.01
 
 
@@ -148,7 +150,7 @@ def test_lengths(work):
     assert 0.38 < lengths.median() / 48 < 0.44 and 0.03 < (lengths == 48).float().mean() < 0.1
     w = work(4, 8, 12, train=False)
     assert 12 in w.lengths and min(w.lengths) < 6
-    for loop in (loops.Ours(w), loops.Generate(w), loops.Released(w)):
+    for loop in (shared.Ours(w), rivals.Generate(w), rivals.Released(w)):
         drawn = loop()
         assert [len(z) for z in drawn] == w.lengths
         assert [z[-1] == w.eos for z in drawn] == [n < 12 for n in w.lengths]
@@ -159,7 +161,7 @@ def test_lengths(work):
 
 def test_the_toy_is_the_toy(work):
     config = latro.AutoConfig.from_pretrained(TOY)
-    assert all(getattr(config, k) == v for k, v in loops.SHAPES["toy"].items())
+    assert all(getattr(config, k) == v for k, v in shared.SHAPES["toy"].items())
 
 
 def test_bytes_are_those_of_each_step(work):
@@ -199,7 +201,7 @@ def test_what_is_kept(work, monkeypatch, dtype, reference):
     """The policy in float32, its reference, and after a step Adam's two moments and step counts."""
     monkeypatch.setattr(latro, "compute_dtype", lambda device: dtype)
     w = work()
-    loop, n = loops.Ours(w), sum(p.numel() for p in w.policy.parameters())
+    loop, n = shared.Ours(w), sum(p.numel() for p in w.policy.parameters())
     assert loop.kept() == (4 + reference) * n
     loop()
     assert loop.kept() == (12 + reference) * n + 4 * len([*w.policy.parameters()])
@@ -208,8 +210,8 @@ def test_what_is_kept(work, monkeypatch, dtype, reference):
 def test_a_phase_within_another(monkeypatch):
     """Its seconds are its own."""
     clock = iter([0.0, 1.0, 3.0, 7.0])
-    monkeypatch.setattr(loops, "perf_counter", lambda: next(clock))
-    loop = loops.Loop(None)
+    monkeypatch.setattr(shared, "perf_counter", lambda: next(clock))
+    loop = shared.Loop(None)
     with loop.phase("step"):
         with loop.phase("sample"):
             pass

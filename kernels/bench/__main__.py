@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from .. import Problem
-from .loops import SHAPES, decode, measured, measured_apart, rollout, update
+from .loops import decode, measured, measured_apart, rollout, update
 from .operations import MODELS, logprob, sample, score, tune
 from .timing import bars, device, draw, measure, table
+from .work import SHAPES
 
 COMMANDS = {  # what makes the tasks, and its options beside those that all have
     "logprob": (logprob, ("models", "tokens", "frozen", "plot")), "score": (score, ()),
