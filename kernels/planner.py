@@ -15,6 +15,7 @@ A card holds some 6 % more than its name says, which must do for these.
 """
 
 import dataclasses
+import os
 
 import torch
 
@@ -136,12 +137,13 @@ def traffic(s: Shape, e: int = 2) -> tuple[float, float]:
     return inside, 4 * s.n / s.group * 2 * (copies - 1) / copies
 
 
-def fitted(config, args, W: int, memory: float) -> tuple[Shape, dict[str, dict[str, float]]]:
+def fitted(config, args, W: int, memory: float,
+           e: int = 2) -> tuple[Shape, dict[str, dict[str, float]]]:
     """Shape and moments of a run; activations are computed again in the backward pass if args say
-    so, or say nothing and a GPU of so many bytes would not hold them all."""
+    so, or say nothing and a device of so many bytes would not hold them all."""
     for again in (False, True) if args.checkpointing is None else (args.checkpointing,):
         s = Shape(config, dataclasses.replace(args, checkpointing=again), W)
-        table = moments(s)
+        table = moments(s, e)
         if peak(table) <= memory:
             break
     return s, table
@@ -153,11 +155,13 @@ def peak(table: dict[str, dict[str, float]]) -> float:
 
 
 def crowded(config, args, W: int, device: torch.device) -> bool:
-    """Whether a run on W such devices has to compute its activations again."""
-    if args.checkpointing is not None or device.type == "cpu":
-        return bool(args.checkpointing)
-    memory = torch.cuda.get_device_properties(device).total_memory / 1.06
-    return fitted(config, args, W, memory)[0].checkpointing
+    """Whether a run on W such devices has to compute its activations again. On a CPU all processes
+    are taken to share one host, and half of its memory to be theirs."""
+    if device.type == "cuda":
+        memory, e = torch.cuda.get_device_properties(device).total_memory / 1.06, 2
+    else:
+        memory, e = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / W, 4
+    return fitted(config, args, W, memory, e)[0].checkpointing
 
 
 def plan(config, args, W: int) -> str:

@@ -2,6 +2,7 @@
 against every tensor that a forward and a backward pass keep alive; FLOPs against torch's counter.
 test_gpu.py compares the peak of a whole run."""
 
+import os
 import weakref
 from types import SimpleNamespace
 
@@ -224,21 +225,21 @@ def test_dz_is_that_of_the_kernel():
     assert planner.DZ == token_logprob.DZ_BYTES
 
 
-def test_activations_are_computed_again_where_they_do_not_fit(monkeypatch):
-    """As --plan says of a card of that size, unless the flag decides; never for want of a GPU."""
-    config, cuda, cpu = CONFIGS["llama"], torch.device("cuda"), torch.device("cpu")
+@pytest.mark.parametrize("device, e", [("cuda", 2), ("cpu", 4)])
+def test_activations_are_computed_again_where_they_do_not_fit(device, e, monkeypatch):
+    """As --plan says of a card of that size, or of half of a host's memory, unless the flag
+    decides."""
+    config, device = CONFIGS["llama"], torch.device(device)
     needs = {again: planner.peak(planner.moments(planner.Shape(
-        config, args(checkpointing=again), 1))) for again in (False, True)}
+        config, args(checkpointing=again), 1), e)) for again in (False, True)}
     assert needs[True] < needs[False]
     for memory, crowded in ((needs[False], False), (needs[False] - 1, True), (1, True)):
         monkeypatch.setattr(torch.cuda, "get_device_properties",
                             lambda _: SimpleNamespace(total_memory=1.06 * memory + 0.1))
-        assert kernels.crowded(config, args(), 1, cuda) == crowded
-        assert kernels.crowded(config, args(checkpointing=True), 1, cuda)
-        assert not kernels.crowded(config, args(checkpointing=False), 1, cuda)
-        assert not kernels.crowded(config, args(), 1, cpu)
-        s, _ = planner.fitted(config, args(), 1, memory)
-        assert s.checkpointing == crowded
+        monkeypatch.setattr(os, "sysconf", dict(SC_PAGE_SIZE=2, SC_PHYS_PAGES=memory).get)
+        assert kernels.crowded(config, args(), 1, device) == crowded
+        assert kernels.crowded(config, args(checkpointing=True), 1, device)
+        assert not kernels.crowded(config, args(checkpointing=False), 1, device)
 
 
 def test_weights_are_not_loaded(monkeypatch, capsys):
