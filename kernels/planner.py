@@ -187,7 +187,8 @@ def plan(config, args, W: int) -> str:
         f"an update: {updates * s.L} tokens to sample, {updates * (s.L + s.y)} to score,"
         f" {flops(s) / 1e15:.3g} PFLOP; {drawn:.3g} s to sample and {rest:.3g} s for the rest",
         f"if {SHARE:.0%} (assumed) of an H100's {FLOPS / 1e12:.0f} TFLOP/s and"
-        f" {BANDWIDTH / 1e12} TB/s are reached",
-        f"it receives {inside / 1e9:.3g} GB from the {s.group} GPUs that share the weights:"
-        f" {inside / NVLINK:.3g} s over NVLink, {inside / NETWORK:.3g} s over 400 Gb/s",
-        f"and {across / 1e9:.3g} GB from other copies: {across / NETWORK:.3g} s over 400 Gb/s"])
+        f" {BANDWIDTH / 1e12} TB/s are reached", *([
+            f"it receives {inside / 1e9:.3g} GB from the {s.group} GPUs that share the weights:"
+            f" {inside / NVLINK:.3g} s over NVLink, {inside / NETWORK:.3g} s over 400 Gb/s",
+            f"and {across / 1e9:.3g} GB from other copies: {across / NETWORK:.3g} s over 400 Gb/s",
+        ] if W > 1 else [])])

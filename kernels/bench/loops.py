@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 import latro
+
 from .. import Problem, pick_tokens
 from ..planner import FLOPS
 from ..sampler import Decoder, Recorded

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 import latro
+
 from .. import Rationale, pick_tokens
 from .timing import device
 from .work import Loop, Work

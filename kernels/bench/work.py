@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 
 import latro
+
 from .. import Example, Rationale, conclude, sample, tree_size
 from ..planner import Shape
 from .timing import device
