@@ -24,7 +24,6 @@ from .sampler import PACES
 CARDS = 16, 24, 40, 48, 80, 96, 141, 192  # GB
 FLOPS, BANDWIDTH, SHARE = 989e12, 3.35e12, 0.4  # an H100's, bfloat16; the share of both assumed
 NVLINK, NETWORK = 450e9, 50e9  # bytes a second that a GPU receives in a node, and from others
-COLUMNS = PACES["cuda"].columns  # of the cache are made at a time
 DZ = 2**28  # DZ_BYTES of token_logprob.py, which cannot be imported without Triton
 
 
@@ -84,12 +83,10 @@ def moments(s: Shape, e: int = 2) -> dict[str, dict[str, float]]:
     rest = dict(weights=4 * s.held(), Adam=8 * s.held() + 4 * len(s.parameters))
     rest |= dict(reference=e * s.held()) if s.reference else {}
 
-    def wide(tokens: int) -> int:
-        return -(-tokens // COLUMNS) * COLUMNS
-
     def rollout(gathered: int, tokens: int) -> dict[str, float]:
         more = 1 + 1 / (4 * s.layers)  # keys, or values, of half of the rows move at a time
-        return rest | dict(gathered=e * gathered, cache=s.cache(wide(tokens), e) * more,
+        cache = s.cache(PACES["cuda"].wide(tokens), e) * more
+        return rest | dict(gathered=e * gathered, cache=cache,
                            logits=24 * s.rows * s.V)  # logits, p and one between, and recorded
     kept = s.layers * (e * s.S * s.D if s.checkpointing else s.block_bytes(e))
     masks = s.pairs * (1 + e * s.H // s.G)  # as bool, and as numbers for heads that share keys

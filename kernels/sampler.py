@@ -24,6 +24,10 @@ class Pace(NamedTuple):
     columns: int  # by which what is seen of the cache grows
     graphs: bool  # whether steps are recorded
 
+    def wide(self, tokens: int) -> int:
+        """Columns that are made, or seen, for so many tokens."""
+        return -(-tokens // self.columns) * self.columns
+
 
 PACES = dict(cpu=Pace(1, 1, False), cuda=Pace(16, 128, True))
 
@@ -75,18 +79,15 @@ class Decoder:
         self.end = torch.tensor([self.P], device=device)  # the column of the next token
 
     def begin(self) -> Tensor:
-        """Reads the prompts, padded on the left, once each; returns the logits behind each row's."""
+        """Reads the prompts, padded on the left, once each; returns the logits of each row."""
         ids = [[0] * (self.P - len(p)) + p for p in self.prompts]
         position = self.column[:self.P] - self.before[:, None]
         place = position.where(position >= 0, FAR)
         logits = self.forward(torch.tensor(ids, device=position.device), position.clamp(min=0),
                               sees(place, place, self.reach))
-        self.cache.spread(self.K, self.wide(self.P + self.room))
+        self.cache.spread(self.K, self.pace.wide(self.P + self.room))
         self.before = self.before.repeat_interleave(self.K)
         return logits.repeat_interleave(self.K, 0)
-
-    def wide(self, columns: int) -> int:
-        return -(-columns // self.pace.columns) * self.pace.columns
 
     def forward(self, ids: Tensor, position: Tensor, mask: Tensor) -> Tensor:
         """(rows, V) logits of the next token, in float32 from the product on."""
@@ -109,7 +110,7 @@ class Decoder:
 
     def shape(self, t: int) -> tuple[int, int]:
         """Sets how much of the cache is seen where t tokens follow the prompts: rows, columns."""
-        self.cache.width = self.wide(self.P + t)
+        self.cache.width = self.pace.wide(self.P + t)
         return self.cache.rows, self.cache.width
 
     def keep(self, rows: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import latro
 
-from .. import Rationale, pick_tokens
+from .. import Rationale, crowded, pick_tokens
 from .timing import device
 from .work import Loop, Work
 
@@ -109,8 +109,9 @@ class Trl(Loop):
             output_dir=w.folder.name, num_generations=w.args.K, max_completion_length=w.args.L,
             per_device_train_batch_size=w.args.K, gradient_accumulation_steps=len(w.batch),
             beta=w.args.beta, top_k=0, learning_rate=0.0, max_steps=1, bf16=cuda, use_cpu=not cuda,
-            gradient_checkpointing=w.args.checkpointing, shuffle_dataset=False, report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True)
+            gradient_checkpointing=crowded(policy.config, w.args, 1, w.policy.device),  # as ours
+            shuffle_dataset=False, report_to="none", save_strategy="no", logging_strategy="no",
+            disable_tqdm=True)
         self.prompts = [dict(prompt=" ".join(map(word, e.x))) for e in w.batch]
         made = trl.RLOOTrainer(policy, self.reward, settings, processing_class=spelling(w.eos + 1),
                                train_dataset=Dataset.from_list(self.prompts))

@@ -40,6 +40,7 @@ TEMPLATE, ANSWER = 4, 3  # tokens of y: what joins it to z, the answer with its 
 LIKELY = 0.9  # numbers below it never draw EOS, which has the last place in the distribution
 PHASES = "sample", "score", "backward", "step"
 
+
 class Work:
     """What the candidates of a table share: models, questions, lengths.
 
