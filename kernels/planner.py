@@ -94,11 +94,12 @@ def moments(s: Shape, e: int = 2) -> dict[str, dict[str, float]]:
     again = s.checkpointing * s.block_bytes(e) + e * s.S * (s.D + 2 * s.mlp)
     T, root, dW = s.trees * s.T, e * s.root * both, e * s.V * s.D
     known = rest | dict(gradients=4 * s.held())
+    earlier = known if s.trees < s.questions else rest  # gradients of passes before the last
     return dict(
         sample=rollout(s.n, s.x + s.L),
-        head=known | dict(gathered=root, activations=kept + s.trees * s.S * s.D * (4 + 2 * e),
+        head=earlier | dict(gathered=root, activations=kept + s.trees * s.S * s.D * (4 + 2 * e),
                           logprobs=dW + T * s.D * (2 * e + 4) + min(DZ, e * T * s.V)),
-        layer=known | dict(gathered=root + dW + (3 * e + 4) * s.block,
+        layer=earlier | dict(gathered=root + dW + (3 * e + 4) * s.block,
                            activations=kept + s.trees * again),
         reduce=known | dict(gathered=root + (e + 4) * s.root),
         evaluate=rollout(s.n * both, s.x + s.L + s.y))

@@ -231,6 +231,7 @@ def test_plan(checkpointing, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     flags = [*TINY, *"--questions 2 --K 8 --L 400 --steps 2 --task toy --model".split(), tmp_path,
              "--checkpointing" if checkpointing else "--no-checkpointing"]
+    torch.cuda.reset_peak_memory_stats()  # of the tests before
     measured = rows(start(*flags, out=tmp_path / "out"))[-1]["peak_mem_gb"]
     args = latro.parse([*map(str, flags), "--out", str(tmp_path / "new")])
     x = max(len(e.x) for e in latro.prepare(args)[1])

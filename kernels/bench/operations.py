@@ -206,7 +206,7 @@ def tune(args: argparse.Namespace) -> Tasks:
     of the buffer for dZ. ours: as it is."""
     if device() == "cpu":
         raise Problem("tune: needs a CUDA device; --help lists what runs without one")
-    from . import token_logprob as ours
+    from .. import token_logprob as ours
     held = dict(tile_for=ours.tile_for, DZ_BYTES=ours.DZ_BYTES)
 
     def having(**settings) -> Callable:
