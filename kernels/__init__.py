@@ -1,69 +1,70 @@
-"""The operations that LaTRO spends its time in, behind one switch.
+"""What is there for speed: fused operations in Triton, attention over the question tree, the decoder.
 
-`reference.py` defines them in plain torch. `token_logprob.py` and `rationale_score.py` are the same
-functions in Triton: what runs on CUDA unless `use` says otherwise.
+    token_logprobs     log-probs of given tokens; defined in reference.py, fused in token_logprob.py
+    score_rationales   reward, advantage, token weights; defined in latro.py, fused in rationale_score.py
 
-transformers has use for a hub client that is also called `kernels`, and would take this package for
-it where that one is installed. So this one comes first, and says that the other is not there.
+`use` switches between the definition and the fused kernel; the default takes the kernel on a GPU.
+
+Import this package before transformers: an optional client of the Hugging Face hub is also called
+`kernels`, and transformers would mistake this package for it.
 """
 
 from functools import wraps
+from importlib import import_module
 from importlib.util import find_spec
 from os import environ
 
 import torch
 from transformers import utils
 
-from . import reference
-from .answers import (TEMPLATE, answer_in, as_number, canonical, flexible, majority, same_answer,
-                      strict)
-from .attention import adopt, attention, context, unsupported, window
-from .files import changed, checksum, claim, logged, plain, release, write
-from .planner import crowded, plan
-from .problems import Alone, Problem, brief, exhausted, lost, printable
-from .records import facts, records, speed, summary
-from .reference import Scores, pick_tokens, score_given, span_sums
-from .sampler import sample
-from .tasks import TASKS, Codec, Example, read_rows
-from .tree import Rationale, Tree, conclude, gold_rationale, packs, plant, tree_size
-
 for module in (utils, utils.import_utils):
-    module.is_kernels_available = lambda *_, **__: False
+    module.is_kernels_available = lambda *_, **__: False  # the hub's client is not installed
 
 BACKENDS = "auto", "triton", "torch"
 TRITON = find_spec("triton") is not None
-chosen = "auto"
+DEFINITIONS = {}  # by name: the function in plain torch
+backend = "auto"
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter: on any machine, slowly, for tests."""
+    """Whether Triton runs in its interpreter: on any machine, slowly, for tests."""
     return environ.get("TRITON_INTERPRET") == "1"
 
 
 def use(name: str, error: type[Exception] = ValueError) -> None:
-    """Chooses the implementation: "triton", "torch", or "auto": Triton for what is on a GPU.
+    """Choose the implementation: "triton", "torch", or "auto" (Triton for tensors on a GPU).
 
-    Raises `error` for what cannot run here."""
-    global chosen
+    Raises `error` for a choice that cannot run here."""
+    global backend
     if name not in BACKENDS:
-        raise error(f"kernels {name!r}: there are {', '.join(BACKENDS)}")
+        raise error(f"kernels {name!r}: choose one of {', '.join(BACKENDS)}")
     if name == "triton" and not (TRITON and (torch.cuda.is_available() or interpreted())):
         raise error("--kernels triton needs Triton and a CUDA device; auto takes what runs here")
-    chosen = name
+    backend = name
 
 
-def dispatched(definition):
-    """`definition`, or the function of its name in Triton where that one's turn has come."""
-    @wraps(definition)
+def dispatcher(name: str, module: str):
+    """A function that calls `name` of a Triton module, or its definition in plain torch."""
     def call(tensor, *args, **options):
         fits = TRITON and (tensor.is_cuda or interpreted())
-        if chosen == "torch" or chosen == "auto" and not fits:
-            return definition(tensor, *args, **options)
-        from . import rationale_score, token_logprob  # late: Triton takes its time to load
-        fused = token_logprob if definition is reference.token_logprobs else rationale_score
-        return getattr(fused, definition.__name__)(tensor, *args, **options)
+        if backend == "triton" or backend == "auto" and fits:
+            fused = import_module(f".{module}", __name__)  # late: Triton is slow to import
+            return getattr(fused, name)(tensor, *args, **options)
+        if name not in DEFINITIONS:
+            raise RuntimeError(f"{name} is defined in latro.py: import latro to run it without a GPU")
+        return DEFINITIONS[name](tensor, *args, **options)
     return call
 
 
-token_logprobs = dispatched(reference.token_logprobs)
-score_rationales = dispatched(reference.score_rationales)
+token_logprobs = dispatcher("token_logprobs", "token_logprob")
+score_rationales = dispatcher("score_rationales", "rationale_score")
+
+
+def definition(function):
+    """Decorator: registers a definition in plain torch and returns its dispatcher, so that on CUDA
+    the Triton function of the same name takes its place. The definition stays as `__wrapped__`."""
+    DEFINITIONS[function.__name__] = function
+    return wraps(function)(globals()[function.__name__])
+
+
+from . import reference  # noqa: E402, F401  registers the definition of token_logprobs

@@ -1,4 +1,4 @@
-"""What packed rationales are worth, in one launch: sums, reward, advantage, weights of the tokens.
+"""Rewards of packed rationales in one launch: sums, reward, advantage, and the weight of each token.
 
 One program a question. Its K rationales are rows of a [K, BLOCK] tile that walks along all of them
 at once, each from its own offset, with the sums kept in registers; then K rewards make K advantages
@@ -98,7 +98,7 @@ def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_star
                      end: Tensor, K: int, beta: float, *, bound: str = "elbo",
                      reward: str = "logp", answer_weight: float = 1.0,
                      penalty: Tensor | float = 0.0, total: int | None = None) -> Scores:
-    """reference.score_rationales, which says what all of it means, in one launch; float32 out.
+    """latro.score_rationales, which documents it, in one launch. All results are float32.
 
     Tokens of no rationale get weight 0. Raises ValueError for K < 2."""
     if K < 2:

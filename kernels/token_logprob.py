@@ -240,7 +240,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor,
     a row for the backward pass. float64 goes to the definition, chunked torch."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if dtype == torch.float64:
-        return reference.token_logprobs(hidden, weight, targets, temperature)
+        return reference.token_logprobs.__wrapped__(hidden, weight, targets, temperature)
     scale = (torch.ones_like(targets, dtype=torch.float32) / temperature).float()
     given = hidden.to(dtype), weight.to(dtype), targets, scale
     return forward(*(x.contiguous() for x in given))[0]

@@ -114,17 +114,17 @@ def start(*flags, out, stop=None):
     """latro.py in this process; with `stop`, SIGTERM arrives during that update. Returns out."""
     with pytest.MonkeyPatch.context() as patch:
         if stop:
-            patch.setattr(latro, "update", stopping(latro.update, stop))
+            patch.setattr(latro, "optimizer_step", stopping(latro.optimizer_step, stop))
         assert not latro.main([*map(str, flags), "--out", str(out)])  # 0 or None: as for sys.exit
     return Path(out)
 
 
-def stopping(update, last):
-    """latro.update, and SIGTERM to this process in the update numbered `last`."""
+def stopping(optimizer_step, last):
+    """latro.optimizer_step, which sends SIGTERM to this process in the update numbered `last`."""
     def wrapped(policy, optimizer, step, args):
         if step + 1 == last:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(policy, optimizer, step, args)
+        return optimizer_step(policy, optimizer, step, args)
     return wrapped
 
 

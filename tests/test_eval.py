@@ -158,7 +158,7 @@ def test_an_answer_follows_by_what_it_says():
 def test_nan_is_not_left_out():
     rows = dict(base=[record("4", [sample("4")] * 2)] * 3)
     rows["run"] = [*rows["base"][:2], record("4", [sample("4"), sample("4", logp_y=math.nan)])]
-    with pytest.raises(latro.Problem, match=r"run, question 3: log p\(y\|x\+z\) is not a number"):
+    with pytest.raises(errors.UserError, match=r"run, question 3: log p\(y\|x\+z\) is not a number"):
         grading.results(rows)
 
 

@@ -66,7 +66,7 @@ def test_token_logprobs(shape, dtype):
     for a, b in zip(found, results(kernels.token_logprobs, *given, 0.9)):
         assert torch.equal(a, b)
     wide = [x.detach().float().requires_grad_() for x in given[:2]]
-    right = results(reference.token_logprobs, *wide, *given[2:], 0.9)
+    right = results(reference.token_logprobs.__wrapped__, *wide, *given[2:], 0.9)
     plain = results(in_one_piece, *given, 0.9)
     slack = [1e-5, *2 * [max(1e-5, torch.finfo(dtype).eps)]]
     for a, b, c, e in zip(found, right, plain, slack):
@@ -110,7 +110,7 @@ def test_score_rationales(B, K, L, bound):
         found = kernels.score_rationales(*given, K, 0.05, bound=bound, answer_weight=0.3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    right = reference.score_rationales(
+    right = latro.score_rationales.__wrapped__(
         logp.double(), logp0.double(), *spans, K, 0.05, bound=bound, answer_weight=0.3)
     for a, b in zip(found, right):
         assert (a.cpu() - b).abs().max() <= 1e-5 * b.abs().max()
@@ -155,37 +155,37 @@ def policy():
     config = LlamaConfig(vocab_size=1000, hidden_size=256, intermediate_size=512, eos_token_id=1,
                          num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
                          max_position_embeddings=2048, initializer_range=0.1)
-    return kernels.adopt(LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval())
+    return attention.patch_model(LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval())
 
 
 def drawn(policy, K=16, L=300):
     """Rows of three prompts that end all over the place: at any of thirty tokens."""
     uniform = torch.rand(3 * K, L, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     prompts = [[*range(5, 5 + n)] for n in (90, 40, 7)]
-    return kernels.sample(policy, prompts, [], [*range(8)], K, L, uniform)
+    return latro.sample_rationales(policy, prompts, [], [*range(8)], K, L, uniform)
 
 
 def test_recorded_samples(policy, monkeypatch):
     """As CUDA graphs and without: the same, to the last token."""
-    made, record = [], sampler.record
+    made, record = [], decode.capture_graph
     monkeypatch.setattr(sampler, "record", lambda *args: made.append(record(*args)) or made[-1])
     recorded = drawn(policy)
     assert 3 < len(made) < 15 and len({len(ids) for ids, *_ in recorded}) > 20
-    monkeypatch.setitem(sampler.PACES, "cuda", sampler.PACES["cuda"]._replace(graphs=False))
+    monkeypatch.setitem(decode.PACES, "cuda", decode.PACES["cuda"]._replace(graphs=False))
     assert drawn(policy) == recorded
 
 
 def test_the_host_does_not_wait_for_a_step(policy, monkeypatch):
     """Neither recorded, nor step by step."""
-    def unwaited(self, shape, call=sampler.Recorded.__call__):
+    def unwaited(self, shape, call=decode.CUDAGraphRunner.__call__):
         torch.cuda.set_sync_debug_mode("error")
         try:
             call(self, shape)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    monkeypatch.setattr(sampler.Recorded, "__call__", unwaited)
+    monkeypatch.setattr(decode.CUDAGraphRunner, "__call__", unwaited)
     drawn(policy)
-    monkeypatch.setattr(sampler.Recorded, "__call__",
+    monkeypatch.setattr(decode.CUDAGraphRunner, "__call__",
                         lambda self, _: unwaited(self, _, lambda self, _: self.function()))
     drawn(policy)
 
@@ -234,7 +234,7 @@ def test_plan(checkpointing, tmp_path):
     torch.cuda.reset_peak_memory_stats()  # of the tests before
     measured = rows(start(*flags, out=tmp_path / "out"))[-1]["peak_mem_gb"]
     args = latro.parse([*map(str, flags), "--out", str(tmp_path / "new")])
-    x = max(len(e.x) for e in latro.prepare(args)[1])
-    planned = planner.moments(planner.Shape(config, args, 1, x))
+    x = max(len(e.x) for e in data.load_datasets(args)[1])
+    planned = memory.memory_phases(memory.Shape(config, args, 1, x))
     peak = max(sum(held.values()) for held in planned.values()) / 1e9
     assert measured == pytest.approx(peak, rel=0.1)

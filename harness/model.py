@@ -1,0 +1,61 @@
+"""Loading a model: what is not there, or would give wrong log-probs, is refused in one sentence."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+
+import torch
+import transformers
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kernels.attention import attention, patch_model, unsupported
+
+from .distributed import apply_fsdp, processes
+from .errors import UserError, short_error
+from .memory import needs_activation_checkpointing
+
+AttentionInterface.register("latro", attention)
+transformers.logging.disable_progress_bar()
+
+
+def load_config(args) -> tuple:
+    """(configuration, tokenizer) of --model. Raises UserError for a model that is not there or not
+    supported."""
+    try:
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    except Exception as e:  # a directory may hold anything, and each library raises its own
+        here = "no whole model" if Path(args.model).is_dir() else "no directory, nor on the hub"
+        raise UserError(f"--model {args.model}: {here} ({short_error(e)}); pass a directory in"
+                        " Hugging Face's format, or a hub id") from e
+    if features := unsupported(config):
+        raise UserError(f"--model {args.model}: {config.model_type} has {', '.join(features)},"
+                        " which is not supported; take a Llama, Mistral, Qwen or Phi-3 model")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, its"
+                        f" embedding {config.vocab_size}; they do not belong together")
+    return config, tokenizer
+
+
+def load_model(args, device: torch.device, dtype: torch.dtype, logprobs: Callable) -> nn.Module:
+    """--model on its device, parameters in dtype, with this project's attention, sharded by FSDP2.
+
+    `logprobs` (model, tree) becomes a method, so that FSDP's hooks gather the weights around it.
+    Activation checkpointing is on if the flag says so, or if --plan's arithmetic asks for it."""
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype="auto", use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
+    except Exception as e:  # as above
+        raise UserError(f"--model {args.model}: its weights cannot be read ({short_error(e)});"
+                        " fetch or save them again, as safetensors") from e
+    if missing := found["missing_keys"]:  # transformers would initialize them at random
+        raise UserError(f"--model {args.model}: its files lack {len(missing)} weights, such as"
+                        f" {min(missing)}; fetch or save them again")
+    model.logprobs = MethodType(logprobs, patch_model(model))
+    if needs_activation_checkpointing(model.config, args, processes(), device):
+        enable = getattr(model, "activation_checkpointing_enable",
+                         model.gradient_checkpointing_enable)
+        enable()
+    return apply_fsdp(model, device, dtype, args.shard)

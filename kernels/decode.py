@@ -1,0 +1,205 @@
+"""Decoding with any Hugging Face model: each prompt computed once, finished rows dropped.
+
+A step does the same work on the same tensors each time and never waits for the host. On a GPU it is
+captured as a CUDA graph and replayed for as long as the number of rows and the visible width of the
+cache stay the same.
+
+latro.sample_rationales is the loop that uses it. Rows: B prompts times K samples, prompt 0 first.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import PAD_POSITION, additive_mask, causal_mask, sliding_window
+
+
+class Pace(NamedTuple):
+    """How a kind of device decodes."""
+
+    stop_check_every: int  # tokens between the host's checks of how many rows are still running
+    cache_multiple: int  # the visible width of the cache is rounded up to it
+    cuda_graphs: bool  # whether steps are captured
+
+    def round_up(self, tokens: int) -> int:
+        """The width of a cache for so many tokens."""
+        return -(-tokens // self.cache_multiple) * self.cache_multiple
+
+
+PACES = dict(cpu=Pace(1, 1, False), cuda=Pace(16, 128, True))
+
+
+class KVCache:
+    """All that transformers' layers ask of a cache when masks and positions are given.
+
+    One buffer of keys and one of values per layer, allocated once. While `rows` is None it holds the
+    prompts' own keys and values."""
+
+    def __init__(self):
+        self.layers, self.rows = {}, None
+
+    def update(self, k: Tensor, v: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
+        if self.rows is None:
+            self.layers[layer] = k, v
+            return k, v
+        for buffer, new in zip(self.layers[layer], (k, v)):
+            buffer[:self.rows].index_copy_(2, self.column, new)
+        return tuple(buffer[:self.rows, :, :self.width] for buffer in self.layers[layer])
+
+    def expand_kv(self, K: int, width: int) -> None:
+        """Replaces each prompt's keys and values by K rows of `width` columns. They start as zeros:
+        a masked column has weight 0, and 0 times NaN would be NaN."""
+        for layer, kv in self.layers.items():
+            self.layers[layer] = [t.new_zeros(len(t) * K, t.shape[1], width, t.shape[3])
+                                  for t in kv]
+            for buffer, t in zip(self.layers[layer], kv):
+                buffer.unflatten(0, (-1, K))[..., :t.shape[2], :] = t[:, None]
+            self.rows, self.width = len(buffer), t.shape[2]
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Moves the visible part of some rows to the front. Copies half a layer at a time."""
+        self.rows = len(rows)
+        for buffer in (buffer for kv in self.layers.values() for buffer in kv):
+            buffer[:len(rows), :, :self.width] = buffer[rows, :, :self.width]
+
+
+class Decoder:
+    """K continuations of each of B prompts, a token at a time."""
+
+    def __init__(self, policy, prompts: list[list[int]], K: int, max_new_tokens: int):
+        self.policy, self.prompts, self.K = policy, prompts, K
+        self.max_new_tokens, device = max_new_tokens, policy.device
+        self.cache, self.window = KVCache(), sliding_window(policy.config)
+        self.P, self.pace = max(map(len, prompts)), PACES[device.type]
+        self.padding = torch.tensor([self.P - len(p) for p in prompts], device=device)
+        self.column = torch.arange(self.P + max_new_tokens + self.pace.cache_multiple,
+                                   device=device)
+        self.end = torch.tensor([self.P], device=device)  # the column of the next token
+
+    def prefill(self) -> Tensor:
+        """Reads each prompt once, padded on the left. Returns the (B K, V) logits of the first
+        token of each row."""
+        ids = [[0] * (self.P - len(p)) + p for p in self.prompts]
+        position = self.column[:self.P] - self.padding[:, None]
+        masked = position.where(position >= 0, PAD_POSITION)
+        logits = self.forward(torch.tensor(ids, device=position.device), position.clamp(min=0),
+                              causal_mask(masked, masked, self.window))
+        self.cache.expand_kv(self.K, self.pace.round_up(self.P + self.max_new_tokens))
+        self.padding = self.padding.repeat_interleave(self.K)
+        return logits.repeat_interleave(self.K, 0)
+
+    def forward(self, ids: Tensor, position: Tensor, allowed: Tensor) -> Tensor:
+        """(rows, V) logits of the next token. The head's product is accumulated and kept in
+        float32."""
+        W = self.policy.get_output_embeddings().weight
+        mask = additive_mask(allowed, W, self.policy.config)
+        h = self.policy.model(ids, position_ids=position, attention_mask=mask, use_cache=True,
+                              past_key_values=self.cache).last_hidden_state[:, -1]
+        if h.is_cuda and h.dtype != torch.float32:
+            return torch.mm(h, W.T, out_dtype=torch.float32)
+        return h.float() @ W.float().T
+
+    def decode_step(self, token: Tensor) -> Tensor:
+        """Appends a token (rows,) to every row. Returns the (rows, V) logits of the next one."""
+        self.cache.column, column = self.end, self.column[:self.cache.width]
+        allowed = ((column >= self.padding[:, None]) & (column <= self.end)
+                   & (self.end - column < self.window))
+        position = self.end - self.padding
+        logits = self.forward(token[:, None], position[:, None], allowed[:, None, None])
+        self.end += 1
+        return logits
+
+    def set_length(self, t: int) -> tuple[int, int]:
+        """Makes the cache visible up to t tokens after the prompts. Returns (rows, width), which
+        change seldom: a captured step is valid while they stay the same."""
+        self.cache.width = self.pace.round_up(self.P + t)
+        return self.cache.rows, self.cache.width
+
+    def select_rows(self, rows: Tensor) -> None:
+        self.padding = self.padding[rows]
+        self.cache.select_rows(rows)
+
+
+class DecodeState:
+    """What has been drawn, and how far each row that still decodes has got. All of it is on the
+    device and changed in place."""
+
+    def __init__(self, N: int, max_tokens: int, longest_stop: int, device: torch.device):
+        """N rows of at most `max_tokens` tokens; `longest_stop`: tokens of the longest template."""
+        self.ids = torch.full((N, max_tokens), -1, device=device)
+        # Tokens of z and of what ended it, and what that was; 0 while z goes on.
+        self.end, self.stop_reason = torch.zeros(2, N, dtype=torch.long, device=device)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)  # tokens drawn so far
+        # Of the rows that still decode: which they are, their last token and tokens, and whether
+        # they are running.
+        self.row, self.token = torch.arange(N, device=device), self.end.clone()
+        self.last = torch.full((N, longest_stop), -1, device=device)
+        self.running = torch.ones(N, dtype=torch.bool, device=device)
+
+    def append(self, token: Tensor) -> None:
+        """Writes a token (rows,) to each running row."""
+        self.ids[self.row, self.t] = token.masked_fill(~self.running, -1)
+        self.last.copy_(torch.cat([self.last[:, 1:], token[:, None]], 1))
+        self.token.copy_(token)
+        self.t += 1
+
+    def select_rows(self, rows: Tensor) -> None:
+        for name in ("row", "token", "last", "running"):
+            setattr(self, name, getattr(self, name)[rows])
+
+
+def compact(state: DecodeState, decoder: Decoder, running: int) -> None:
+    """Halves the rows for as long as the running ones fit. Halving makes each copy of the cache
+    worth its cost, and keeps the number of shapes, and so of captures, small."""
+    n = len(state.row)
+    while running <= n // 2:
+        n //= 2
+    if n < len(state.row):
+        rows = state.running.int().argsort(descending=True, stable=True)[:n]
+        state.select_rows(rows)
+        decoder.select_rows(rows)
+
+
+class CUDAGraphRunner:
+    """Runs a function whose work on the GPU is the same in every call of a shape: eagerly the first
+    time, captured the second, and replayed from then on."""
+    latest = None  # the last capture of any rollout, kept alive: the next one reuses its memory
+
+    def __init__(self, function: Callable[[], None]):
+        self.function, self.shape, self.graph = function, None, None
+
+    def __call__(self, shape: tuple) -> None:
+        if shape != self.shape:
+            self.shape, self.graph = shape, None
+            self.function()
+            return
+        if self.graph is None:
+            self.graph = capture_graph(self.function, CUDAGraphRunner.latest)
+            CUDAGraphRunner.latest = self.graph
+        self.graph.replay()
+
+
+@cache
+def capture_stream() -> torch.cuda.Stream:
+    """The one stream of all captures: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream()
+
+
+def capture_graph(function: Callable[[], None], previous: torch.cuda.CUDAGraph | None):
+    """Captures a CUDA graph in the memory pool of the previous one.
+
+    By hand, because torch.cuda.graph would first return all unused memory to the driver. Other
+    threads, such as NCCL's, may go on calling CUDA."""
+    graph = torch.cuda.CUDAGraph()
+    capture_stream().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(capture_stream()):
+        graph.capture_begin(previous and previous.pool(), capture_error_mode="thread_local")
+        try:
+            function()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(capture_stream())
+    return graph

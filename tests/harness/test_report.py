@@ -1,0 +1,261 @@
+"""What eval.py shows for reading: the page of --report and the terminal's --show.
+
+All that models and data say is untrusted: no text may become markup, script or a terminal command.
+"""
+
+import json
+import re
+from base64 import b64encode
+from collections import Counter
+from hashlib import sha256
+from html.parser import HTMLParser
+
+import pytest
+from conftest import TINY, TOY
+
+import eval as grading
+import latro
+
+RIGHT = dict(base=[0, 1, 1, 0, 0, 1], sft=[1, 1, 0, 0, 0, 1], run=[1, 0, 1, 0, 1, 1])
+GROUPS = ["fixed", "broken", "both right", "both wrong", "fixed", "both right"]
+NASTY = {
+    "end of script": "</script><script>alert(1)</script>",
+    "end in capitals": "</SCRIPT ><h1>big</h1>",
+    "end, cut short": "</script",
+    "comment": "<!-- <script> --> <!--",
+    "image": "<img onerror=alert(1) src=x>",
+    "drawing": "<svg/onload=alert(1)>",
+    "attribute": "\" onmouseover=\"alert(1)\" x='",
+    "style": "</style><style>body{display:none}</style>",
+    "policy": "<meta http-equiv=refresh content='0;url=javascript:alert(1)'>",
+    "base": "<base href=//example.org><link rel=stylesheet>",
+    "line separators": "a\u2028b\u2029c",
+    "entities": "&lt;b&gt; &#60;i&#62; &amp;amp; &",
+    "section": "]]><![CDATA[ <?xml ?>",
+    "placeholder": "{{data}} {{script}} {{style}} \\1 \\g<0>",
+    "backslashes": "\\u003c \\\\ \\\" \\n",
+    "controls": "\x00\x1b[2J\r\x08\x7f\x9b",
+    "half a letter": "\ud800 and \udfff",
+    "not Latin": "\u202eright to left\u202c \u4e2d\u6587 \U0001f600",
+}
+
+
+def record(right: bool, text="so 2. The answer is 2.", question="1 + 1?", gold="2", r=-0.25):
+    """One question of a results file, with two samples."""
+    sample = dict(text=text, said="2", right=bool(right), logp_z=-3.0, logp0_z=-4.0, logp_y=-0.125,
+                  reward=r, z_len=3, finished=True, z="so 2.", actions=6, reaches=True,
+                  template=-0.5, answer=-0.1, end=-0.025)
+    return dict(question=question, gold=gold, text=text, said="2", right=bool(right),
+                samples=[sample, sample | dict(right=False)],
+                direct=dict(template=-1.0, answer=-2.0, end=-0.5))
+
+
+def made_up(**changes) -> dict[str, list[dict]]:
+    return {name: [record(right, **changes) for right in own] for name, own in RIGHT.items()}
+
+
+def written(rows: dict[str, list[dict]], command: str = "eval.py") -> str:
+    return grading.page(grading.content(command, rows, grading.results(rows), 2))
+
+
+class Skeleton(HTMLParser):
+    """Every tag of a page with its attributes' names, and what stands inside each script."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.scripts, self.policy = [], [], None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, *(name for name, _ in attributes)))
+        if ("http-equiv", "Content-Security-Policy") in attributes:
+            self.policy = dict(attributes)["content"]
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, text):
+        if self.cdata_elem == "script":
+            self.scripts[-1] += text
+
+
+# ------------------------------------------------------------------------------ the page
+@pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)
+def test_text_stays_text(text):
+    rows = made_up(text=text, question=text, gold=text)
+    rows[text] = rows.pop("run")
+    page, template = written(rows, command=text), Skeleton(grading.PAGE.read_text())
+    found = Skeleton(page)
+    assert found.tags == template.tags
+    assert page.isascii() and not re.search("[<>&]", found.scripts[0])
+    held = json.loads(found.scripts[0])
+    assert held["command"] == text and held["names"] == ["base", "sft", text]
+    assert len(held["questions"]) == 6
+    for q in held["questions"]:
+        assert q["question"] == q["gold"] == text
+        assert all(row["text"] == text == row["samples"][1][0] for row in q["rows"])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # -inf has no spread
+def test_the_data_come_back():
+    """Numbers as they are shown, also one that JSON does not have."""
+    rows = made_up(r=float("-inf"))
+    held = json.loads(Skeleton(written(rows)).scripts[0])
+    text = "so 2. The answer is 2."
+    assert held["questions"][1]["rows"][2] == dict(text=text, right=False, direct="-2.50", samples=[
+        [text, False, "-inf", "-0.12", 3], [text, False, "-inf", "-0.12", 3]])
+    assert held["questions"][1]["rows"][0]["samples"][0][1] is True
+    for heads, *lines in held["tables"]:
+        assert [line[0] for line in lines] == [[name, ""] for name in held["names"]]
+        assert {len(line) for line in lines} == {len(heads)}
+    assert held["names"] == ["base", "sft", "run"]
+    heads, base, sft, run = held["tables"][0]
+    assert [name for name, _ in heads] == ["", "greedy", "loose", "T = 1", "maj@2", "pass@2"]
+    assert base[1][0] == "0.500" and re.fullmatch(r"0\.\d{3} to \d\.\d{3}", base[1][1])
+    assert run[1][0] == "0.667" and held["tables"][1][0][1][0] == "log p(y|x)"
+    assert [v.split(" - ")[0] for v in held["verdicts"]] == ["sft", "run"]
+
+
+def test_four_groups():
+    """The first row against the last, whatever stands between them."""
+    assert grading.groups(made_up()) == GROUPS
+    held = json.loads(Skeleton(written(made_up())).scripts[0])
+    assert [q["group"] for q in held["questions"]] == GROUPS
+    assert held["groups"] == ["fixed", "broken", "both right", "both wrong"]
+    assert Counter(GROUPS) == {"fixed": 2, "broken": 1, "both right": 2, "both wrong": 1}
+
+
+def test_the_page_fetches_nothing():
+    page = written(made_up())
+    for word in ("http:", "https:", "//example", "src=", "href=", "@import", "url(", "fetch(",
+                 "XMLHttp", "innerHTML", "eval("):
+        assert word not in page.replace("eval.py", ""), word
+
+
+def test_the_policy_allows_its_own_script_and_style():
+    """By their hashes, as a browser takes them, and nothing else."""
+    page = written(made_up())
+    found = Skeleton(page)
+    digest = lambda text: b64encode(sha256(text.encode()).digest()).decode()
+    style = page[page.index("<style>") + 7:page.index("</style>")]
+    rules = dict(rule.strip().split(" ", 1) for rule in found.policy.split(";"))
+    assert rules == {
+        "default-src": "'none'", "base-uri": "'none'", "form-action": "'none'",
+        "script-src": f"'sha256-{digest(found.scripts[1])}'",
+        "style-src": f"'sha256-{digest(style)}'"}
+    assert page.index("Content-Security-Policy") < page.index("<style>") < page.index("<script")
+    names = [name for _, *own in found.tags for name in own]
+    assert not any(name == "style" or name.startswith("on") for name in names)
+
+
+def test_template_is_whole():
+    """Each placeholder once; language, title, labels and both themes are there."""
+    template = grading.PAGE.read_text()
+    assert sorted(re.findall(r"{{(\w+)}}", template)) == ["data", "script", "style"]
+    assert template.isascii() and "{{" not in written(made_up())
+    for part in ('<html lang="en">', "<title>", "prefers-color-scheme: dark", 'aria-label="Search',
+                 'role="status"', 'name="viewport"', ":focus-visible", "<noscript>"):
+        assert part in template, part
+
+
+def test_size():
+    """1319 questions with 8 samples of 100 letters for two rows: what is not text stays small."""
+    rows = {name: made_up(text="x" * 100)[name] * 220 for name in ("base", "run")}
+    for r in rows["base"] + rows["run"]:
+        r["samples"] = r["samples"][:1] * 8
+    assert len(written(rows)) < 5e6
+
+
+@pytest.mark.parametrize("name", ["missing/page.html", "folder", ".", "a\0b"])
+def test_a_page_that_cannot_be_written(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(errors.UserError) as problem:
+        grading.write_page(name, "text")
+    [line] = str(problem.value).splitlines()
+    assert line.startswith("--report ") and "name another file" in line
+    assert [*(tmp_path / "folder").iterdir()] == []
+
+
+def test_a_page_is_replaced_whole(tmp_path):
+    path = tmp_path / "page.html"
+    grading.write_page(str(path), "old")
+    grading.write_page(str(path), "new")
+    assert path.read_text() == "new" and [*tmp_path.iterdir()] == [path]
+
+
+# ------------------------------------------------------------------------------ the terminal
+@pytest.mark.parametrize("text, safe", [
+    ("plain 2 + 2 = 4.\nnext", "plain 2 + 2 = 4.\nnext"),
+    ("caf\u00e9 \u2212 \u4e2d \U0001f600", "caf\u00e9 \u2212 \u4e2d \U0001f600"),
+    ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+    ("\x1b]52;c;cm0gLXJm\x07", "\\x1b]52;c;cm0gLXJm\\x07"),
+    ("\x9b2J\x90q\x9c", "\\x9b2J\\x90q\\x9c"),
+    ("wrong\rright", "wrong\\rright"),
+    ("no\x08\x08yes", "no\\x08\\x08yes"),
+    ("a\x00b\x7fc", "a\\x00b\\x7fc"),
+    ("\u202e.42 si rewsna\u202c", "\\u202e.42 si rewsna\\u202c"),
+    ("\u2066a\u2069\u200f\u061c", "\\u2066a\\u2069\\u200f\\u061c"),
+    ("a\u2028b\u2029c\x85d\x0be\x0c", "a\\u2028b\\u2029c\\x85d\\x0be\\x0c"),
+    ("zero\u200bwidth\ufeff\xad", "zero\\u200bwidth\\ufeff\\xad"),
+    ("tab\there", "tab\\there"),
+    ("\ud800\udfff", "\\ud800\\udfff"),
+    ("\U000e0041", "\\U000e0041"),
+])
+def test_printable(text, safe):
+    assert grading.printable(text) == safe == grading.printable(safe)
+    safe.encode()
+
+
+def test_telling_questions_first():
+    """Fixed and broken in turn, then the others in turn; each question once."""
+    found = ["both right", "fixed", "fixed", "fixed", "both wrong", "broken", "both right"]
+    assert grading.telling(found) == [1, 5, 2, 3, 0, 4, 6]
+    assert grading.telling([]) == []
+
+
+@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("names", [("base", "run"), ("base", "sft", "run")])
+def test_shown(width, names):
+    text = "First 12 + 7 = 19. " * 9 + "\x1b[2J" + "x" * 250 + "\n\nThe answer is 19."
+    rows = {name: made_up(text=text)[name] for name in names}
+    block = grading.shown(rows, 1, "broken", width)
+    lines = block.split("\n")
+    assert max(map(len, lines)) <= width and not re.search(r"[^\n -~]", block)
+    assert lines[1:3] == ["question 2: broken", "1 + 1? [2]"]
+    heads = [[part.strip() for part in line.split(" | ")] for line in lines]
+    assert [*names] in heads
+    words = ["right" if RIGHT[name][1] else "wrong" for name in names]
+    assert [f"greedy: {word}" for word in words] in heads
+    sampled = [h for h in heads if h[0].startswith("sampled:")]
+    assert sampled and all(word in cell for word, cell in zip(words, sampled[0]))
+    room = (width - 3 * (len(names) - 1)) // len(names)
+    for i in range(len(names)):
+        own = "".join(line[i * (room + 3):i * (room + 3) + room].strip() for line in lines[4:])
+        assert own.count("x" * 250) == 2 and own.count("\\x1b[2J") == 2
+        assert own.count("-0.25") == 1 and own.replace(" ", "").endswith("Theansweris19.")
+
+
+def test_shown_rows():
+    """Base, SFT and the last of several checkpoints."""
+    rows = made_up() | dict(other=made_up()["run"])
+    assert "base | sft | other" in re.sub(" +", " ", grading.shown(rows, 0, "fixed", 120))
+
+
+def test_narrow_terminal():
+    """Eight characters are nobody's terminal, but no reason to fail."""
+    assert grading.beside(["ab", "cd", "ef"], 8) == "a | c | e\nb | d | f"
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    """The toy's base beside itself: nothing is fixed or broken, and the page says the same."""
+    page, (_, data, *_) = tmp_path / "new.html", TINY
+    flags = f"--ckpt {TOY} --base {TOY} --task toy --data {data} --k 2 --L 4 --questions 3 --show 2"
+    argv = [*flags.split(), "--out", str(tmp_path), "--report", str(page)]
+    assert grading.main(argv) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^question \d: both (right|wrong)$", said, re.MULTILINE)) == 2
+    held = json.loads(Skeleton(page.read_text()).scripts[0])
+    assert held["names"] == ["base", "model"] and len(held["questions"]) == 3
+    assert grading.main([*argv[:-1], str(tmp_path / "no" / "page.html")]) == 1
+    assert capsys.readouterr().err.count("eval.py: --report") == 1

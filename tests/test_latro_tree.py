@@ -1,0 +1,377 @@
+"""Tree and sampler against plain Hugging Face models, and the sampler's rules on a written script.
+
+The truth is the stock model of each architecture, with its own attention and masks, over one
+sequence at a time: no padding, no tree, no cache. A tree of several questions must give the same
+log-probs and gradients; the sampler must continue a prompt as `generate` does, draw from the very
+distribution that is scored, and must not let a row feel the rows beside it.
+"""
+
+import copy
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import kernels  # before transformers, which looks for a package of this name while it loads
+import latro
+import transformers as hf
+
+V, EOS, STOPS = 23, [7, 9], [[3], [4, 5]]
+CODEC = SimpleNamespace(lead=[3], join=[4, 5])
+SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+             bos_token_id=None, eos_token_id=None, pad_token_id=None)
+LLAMA3 = dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0,
+              high_freq_factor=4.0, original_max_position_embeddings=16)
+LONG = dict(rope_type="longrope", rope_theta=1000.0, short_factor=[1.0, 1.5, 2.0, 3.0],
+            long_factor=[2.0, 4.0, 6.0, 8.0], original_max_position_embeddings=48)
+CONFIGS = dict(
+    llama=hf.LlamaConfig(**SHAPE), llama_tied=hf.LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    llama3=hf.LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
+    mistral=hf.MistralConfig(**SHAPE, sliding_window=None),
+    mistral_window=hf.MistralConfig(**SHAPE, sliding_window=6),
+    phi3=hf.Phi3Config(**SHAPE),
+    phi3_long=hf.Phi3Config(**SHAPE, rope_parameters=LONG, original_max_position_embeddings=48),
+    phi3_window=hf.Phi3Config(**SHAPE, sliding_window=6),
+    qwen2=hf.Qwen2Config(**SHAPE), qwen2_tied=hf.Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    qwen3=hf.Qwen3Config(**SHAPE, head_dim=12))
+PROMPTS = [[1, 8, 2], [6, 0, 1, 20, 11, 12, 2, 2, 19], [17], [10, 9, 8, 15, 3]]
+each_model = pytest.mark.parametrize("name", CONFIGS)
+
+
+def model(name: str, attention: str = "latro", dtype=torch.float32):
+    """A random model, the same for every attention. In float64 its norms are torch's: those of
+    transformers round to float32 inside."""
+    torch.manual_seed(1)
+    m = hf.AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=dtype)
+    for parent in [*m.modules()] if dtype == torch.float64 else ():
+        for key, child in parent.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = nn.RMSNorm(len(child.weight), child.variance_epsilon, dtype=dtype)
+                setattr(parent, key, norm)
+    for key, p in m.named_parameters():  # biases and norms too, each its own
+        nn.init.normal_(p, float("norm" in key), 0.25)
+    m = attention.patch_model(m) if attention == "latro" else m
+    m.set_attn_implementation(attention)
+    m.logprobs = latro.logprobs.__get__(m)
+    return m.eval()
+
+
+def plain(m, before: list[int], tokens: list[int], temperature: float = 1.0):
+    """(len(tokens), V): log-probs by a forward over this one sequence."""
+    logits = m(torch.tensor([before + tokens]), use_cache=False).logits[0, len(before) - 1:-1]
+    return (logits / temperature).log_softmax(-1)
+
+
+def at(logp, tokens: list[int]):
+    return logp[torch.arange(len(tokens)), tokens]
+
+
+def one_at_a_time(m, groups, temperature: float):
+    """(T,) what a tree of PROMPTS and groups must give: z's actions, y, the next z's, ..."""
+    parts = []
+    for x, r in ((x, r) for x, group in zip(PROMPTS, groups) for r in group):
+        parts.append(at(plain(m, x, r.actions, temperature), r.actions))
+        parts.append(at(plain(m, x + r.actions[:r.context], r.y), r.y))
+    return torch.cat(parts)
+
+
+def gradients(m, logp):
+    """Of a sum in which each token has its own weight."""
+    g = torch.autograd.grad((torch.linspace(-1, 2, len(logp)) * logp).sum(), [*m.parameters()])
+    return torch.cat([t.flatten().double() for t in g])
+
+
+# ------------------------------------------------------- the tree
+
+DRAWS = [([EOS[0]], 1, -1), ([3], 1, 1), ([4, 5], 2, 2),  # z empty: by EOS, by the templates
+         ([1, 2, 4, 5], 4, 2), ([11, 6, 21, 0, 3], 5, 1), ([2, 2, EOS[1]], 3, -1),
+         ([14, 0, 13, 8, 2, 1, 1, 18, 22], 9, 0), ([0], 1, 0)]  # cut by L
+
+
+def ragged(credit: str):
+    """Groups of four for each prompt: every way to end z, answers of several lengths."""
+    draws = itertools.cycle(DRAWS)
+    shift = lambda b: [next(draws) for _ in range(3)] + [DRAWS[6 - b]]
+    return [[latro.split_rollout(CODEC, *d, [12, 13, 16][:1 + (b + k) % 3], credit)
+             for k, d in enumerate(shift(b))] for b in range(len(PROMPTS))]
+
+
+@each_model
+@pytest.mark.parametrize("credit, temperature", [("answer", 1.0), ("full", 0.75)])
+@pytest.mark.parametrize("dtype, nats, relative", [
+    (torch.float32, 1e-5, 1e-5), (torch.float64, 1e-12, 1e-12)], ids=["float32", "float64"])
+def test_tree_is_one_sequence_at_a_time(name, credit, temperature, dtype, nats, relative):
+    policy, stock, groups = model(name, dtype=dtype), model(name, "sdpa", dtype), ragged(credit)
+    logp = policy.logprobs(latro.pack_tree(PROMPTS, groups, temperature, policy))
+    wanted = one_at_a_time(stock, groups, temperature)
+    off = float((logp - wanted).detach().abs().max())
+    g, truth = gradients(policy, logp), gradients(stock, wanted)
+    wrong = float((g - truth).norm() / truth.norm())
+    print(f"{name} {dtype}: {off:.1e} nats, gradient {wrong:.1e}")
+    assert off < nats and wrong < relative
+
+
+@pytest.mark.parametrize("name", ["mistral_window", "phi3_window"])
+def test_the_window_matters(name):
+    """Were the window one token wider, the tests here would see it."""
+    narrow, wide = model(name, "sdpa"), model(name, "sdpa")
+    wide.config.sliding_window = 7
+    a, b = (one_at_a_time(m, ragged("answer"), 1.0) for m in (narrow, wide))
+    assert (a - b).abs().max() > 1e-2
+
+
+def test_a_tree_written_out():
+    """Two prompts; z by template, by EOS and by L; pads; the rows of the mask, one by one."""
+    policy = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(sliding_window=3))
+    by = lambda draw, y: latro.split_rollout(CODEC, *draw, y, "answer")
+    groups = [[by(([1, 3], 2, 1), [12]), by(([2, 7], 2, -1), [13, 14])],
+              [by(([6], 1, 0), [12]), by(([7], 1, -1), [12])]]
+    tree = latro.pack_tree([[20, 21], [22]], groups, 0.5, policy)
+    assert tree.ids.tolist() == [[20, 21, 1, 3, 2, 4, 5, 13, 22, 6, 4, 5, 3, 0]]
+    assert tree.position.tolist() == [[0, 1, 2, 3, 2, 3, 4, 5, 0, 1, 2, 3, 1, 0]]
+    assert tree.targets.tolist() == [1, 3, 12, 2, 7, 4, 5, 13, 14, 6, 4, 5, 12, 7, 3, 12]
+    assert tree.sources.tolist() == [1, 2, 3, 1, 4, 4, 5, 6, 7, 8, 9, 10, 11, 8, 8, 12]
+    assert tree.temperature.tolist() == [.5, .5, 1, .5, .5, 1, 1, 1, 1, .5, 1, 1, 1, .5, 1, 1]
+    assert [t.tolist() for t in tree.spans] == [[0, 3, 9, 13], [2, 5, 10, 14], [3, 9, 13, 16]]
+    into, back, trunks, branches = tree.layout
+    rows = [[0, 1, 13], [8, 13, 13],  # trunks, with a place to spare, which is token 13's
+            [2, 3, 13, 13, 13], [4, 5, 6, 7, 13], [9, 10, 11, 13, 13], [12, 13, 13, 13, 13]]
+    assert into.tolist() == sum(rows, [])
+    assert [into[i] for i in back] == [*range(14)]
+    written = lambda mask: [["".join(map(str, q)) for q in b] for b in mask[:, 0].int().tolist()]
+    assert written(trunks) == [["100", "110", "001"], ["100", "011", "011"]]
+    assert written(branches)[:2] == [["11010000", "01011000", *["00100111"] * 3],
+                                     ["11010000", "01011000", "00011100", "00001110", "00100001"]]
+    assert written(branches)[2][:3] == ["10010000", "10011000", "00011100"]
+
+
+def test_attention_over_branches_is_attention_over_all():
+    """Values and gradients of an S x S mask in float64; token S - 1 moves nothing and is not
+    moved."""
+    torch.manual_seed(0)
+    trunks, branches, S, d = [(0, 3), (12, 1)], [(3, 4), (7, 5), (13, 1), (14, 6)], 21, 6
+    branch = torch.tensor([0] * 3 + [1] * 4 + [2] * 5 + [3] + [4] + [5] * 6 + [6])
+    tree = torch.tensor([0] * 12 + [1] * 8 + [2])
+    position = [*range(3), *range(3, 7), *range(3, 8), 0, 1, *range(1, 7)]
+    place = torch.tensor(position + [0])
+    policy = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(sliding_window=4))
+    layout = kernels.tree.lay(trunks, branches, position, policy)
+    trunk = (branch == 0) | (branch == 3)
+    related = (branch == branch[:, None]) | trunk & (tree == tree[:, None])
+    ahead = place[:, None] - place
+    mask = related & (ahead >= 0) & (ahead < 4) & (torch.arange(S)[:, None] >= torch.arange(S))
+    q, k, v = (torch.randn(1, heads, S, d, dtype=torch.float64, requires_grad=True)
+               for heads in (6, 2, 2))
+    upstream = torch.randn(1, S, 6, d, dtype=torch.float64)
+    upstream[:, -1] = 0  # nobody scores it
+    wide = [t.repeat_interleave(3, 1) for t in (k, v)]
+    wanted = nn.functional.scaled_dot_product_attention(q, *wide, mask[None, None], scale=0.3)
+    shared = SimpleNamespace(num_attention_heads=6, num_key_value_heads=2)
+    found, _ = kernels.attention(None, q, k, v, None, 0.3, layout=layout.biased(q, shared))
+    assert (found - wanted.transpose(1, 2))[:, :-1].abs().max() < 1e-14
+    for a, b in zip(torch.autograd.grad((found * upstream).sum(), (q, k, v)), torch.autograd.grad(
+            (wanted.transpose(1, 2) * upstream).sum(), (q, k, v))):
+        assert (a - b).abs().max() < 1e-14 and (a[:, :, -1] == 0).all()
+
+
+@pytest.mark.parametrize("sizes, budget, passes", [
+    ([3, 3, 2, 4, 5, 2], 6, [[0, 1], [2, 3], [4], [5]]), ([7, 2, 4], 6, [[0], [1, 2]]),
+    ([1, 1], 1, [[0], [1]]), ([1, 1], 9, [[0, 1]]), ([], 9, [])])
+def test_packs(sizes, budget, passes):
+    assert distributed.make_micro_batches(sizes, budget) == passes
+
+
+def test_rounded_sizes(monkeypatch):
+    """As on a GPU: more places, more tokens that nobody sees, the same numbers."""
+    policy, groups = model("mistral_window", dtype=torch.float64), ragged("answer")
+    sizes, values = [], []
+    for grain in (1, 8):
+        monkeypatch.setitem(kernels.tree.GRAIN, "cpu", grain)
+        tree = latro.pack_tree(PROMPTS, groups, 1.0, policy)
+        sizes.append([tree.ids.numel(), *tree.layout.trunks.shape, *tree.layout.branches.shape])
+        logp = policy.logprobs(tree)
+        values.append((logp.detach(), gradients(policy, logp)))
+    assert all(n % 8 == 0 for n in (sizes[1][i] for i in (0, 3, 4, 7, 8))) and sizes[0] != sizes[1]
+    for a, b in zip(*values):
+        assert (a - b).abs().max() < 1e-12
+
+
+@each_model
+def test_branches_and_questions_are_blind_to_each_other(name):
+    """Other rationales beside it, and other questions, move a log-prob by rounding at most."""
+    policy, groups = model(name, dtype=torch.float64), ragged("answer")
+    score = lambda x, z: policy.logprobs(latro.pack_tree(x, z, 1.0, policy)).split(
+        [len(r.actions) + len(r.y) for group in z for r in group])
+    with torch.no_grad():
+        together = iter(score(PROMPTS, groups))
+        for x, group in zip(PROMPTS, groups):
+            for r in group:
+                assert (score([x], [[r]])[0] - next(together)).abs().max() < 1e-12
+
+
+# ------------------------------------------------------- the sampler and the model
+
+def generated(m, prompt: list[int], n: int, eos: list[int] | None) -> list[int]:
+    with torch.no_grad():
+        return m.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(),
+                          max_new_tokens=n, do_sample=False, eos_token_id=eos,
+                          pad_token_id=0)[0, len(prompt):].tolist()
+
+
+@each_model
+def test_greedy_is_generate(name):
+    """All prompts in one left-padded batch, against one at a time; with ends at EOS, some early."""
+    policy, stock, n = model(name), model(name, "sdpa"), 16
+    whole = [generated(stock, x, n, None) for x in PROMPTS]
+    assert [ids for ids, *_ in latro.sample_rationales(policy, PROMPTS, [], [-1], 1, n, None)] == whole
+    eos = [whole[0][0], whole[1][4]]  # so that one row ends at once, and some on the way
+    short = [generated(stock, x, n, eos) for x in PROMPTS]
+    assert len(short[0]) == 1 and len({*map(len, short)}) > 2
+    ends = [(ids, len(ids), -int(ids[-1] in eos)) for ids in short]
+    assert latro.sample_rationales(policy, PROMPTS, [], eos, 1, n, None) == ends
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[torch.Tensor]:
+    """The logits that the sampler draws from, step by step."""
+    steps, pick = [], kernels.sampler.pick_tokens
+
+    def spy(logits, *rest):
+        steps.append(logits.double())
+        return pick(logits, *rest)
+    monkeypatch.setattr(kernels.sampler, "pick_tokens", spy)
+    return steps
+
+
+@each_model
+@pytest.mark.parametrize("dtype, nats", [(torch.float32, 1e-5), (torch.float64, 2e-6)])
+@torch.no_grad()
+def test_what_is_drawn_from_is_what_is_scored(name, dtype, nats, seen):
+    """Every distribution that the sampler draws from is the stock model's, and so are the log-probs
+    that the tree gives the draws. The sampler's logits are float32, so 2e-6 nats is float64's."""
+    policy, stock, K, L, T = model(name, dtype=dtype), model(name, "sdpa", dtype), 3, 12, 0.75
+    uniform = torch.rand(len(PROMPTS) * K, L, generator=torch.Generator().manual_seed(0))
+    drawn = latro.sample_rationales(policy, PROMPTS, [], [-1], K, L, uniform, T)  # nothing ends a row early
+    logits = torch.stack(seen, 1).view(len(PROMPTS), K, L, V)
+    groups = [[latro.split_rollout(CODEC, *d, [12], "answer") for d in drawn[i:i + K]]
+              for i in range(0, len(drawn), K)]
+    off = max(float((plain(stock, x, r.actions, T) - (steps / T).log_softmax(-1)).abs().max())
+              for x, group, rows in zip(PROMPTS, groups, logits) for r, steps in zip(group, rows))
+    tree = policy.logprobs(latro.pack_tree(PROMPTS, groups, T, policy))
+    far = float((tree - one_at_a_time(stock, groups, T)).abs().max())
+    print(f"{name} {dtype}: sampler {off:.1e} nats, tree {far:.1e}")
+    assert off < nats and far < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@each_model
+def test_a_row_hangs_on_its_own_numbers_alone(name):
+    """Alone, among other prompts and among more rationales: the same draw."""
+    policy, K, L = model(name), 6, 14
+    uniform = torch.rand(len(PROMPTS), K, L, generator=torch.Generator().manual_seed(0))
+    sample = lambda x, u: latro.sample_rationales(policy, x, STOPS, EOS, u.shape[1], L, u.flatten(0, 1))
+    many = sample(PROMPTS, uniform)
+    assert len({end for _, end, _ in many}) > 3
+    few = sample(PROMPTS[1:3], uniform[1:3, 2:4])
+    assert few == many[K + 2:K + 4] + many[2 * K + 2:2 * K + 4]
+    for b, x in enumerate(PROMPTS):
+        for k in range(K):
+            assert sample([x], uniform[b:b + 1, k:k + 1]) == [many[b * K + k]]
+
+
+# ------------------------------------------------------- the sampler's rules, on a script
+
+class Script:
+    """A policy that counts: token t is followed by t + 1."""
+    device = torch.device("cpu")
+    config = SimpleNamespace(num_attention_heads=1, num_key_value_heads=1)
+
+    def model(self, ids, past_key_values, **_):
+        past_key_values.update(*torch.zeros(2, len(ids), 1, ids.shape[1], 1), 0)
+        return SimpleNamespace(last_hidden_state=torch.eye(100)[(ids + 1) % 100])
+
+    def get_output_embeddings(self):
+        return SimpleNamespace(weight=torch.eye(100))
+
+
+def told(first: list[int], L: int, room: int, stops, eos, K: int = 1) -> list[tuple]:
+    """(number of ids, end, by) of the continuations that begin with these tokens."""
+    rows = latro.sample_rationales(Script(), [[t - 1] for t in first], stops, eos, K, L, None, room=room)
+    for (ids, *_), t in zip(rows, (t for t in first for _ in range(K)), strict=True):
+        assert ids == [*range(t, t + len(ids))]
+    return [(len(ids), end, by) for ids, end, by in rows]
+
+
+RULES = dict(stops=[[20, 21], [40]], eos=[30, 43])
+WITH_ROOM = {  # first token: what becomes of it with L = 5 and room = 4
+    20: (6, 2, 2),  # 20 21: a template at once, then an answer for as long as there is room
+    17: (9, 5, 2),  # ... 20 21: a template at L is in time
+    16: (5, 5, 0),  # ... 20: half a template at L is not; no room for what L cut
+    21: (5, 5, 0),  # nor is a template begun by the prompt, here 20
+    40: (4, 1, 1), 39: (5, 2, 1), 37: (7, 4, 1),  # 40 ... 43: the answer ends at EOS
+    30: (1, 1, -1), 28: (3, 3, -1), 26: (5, 5, -1),  # z ends at EOS: at once, later, at L
+    25: (5, 5, 0)}  # one after L is too late
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_room_is_for_what_a_template_ended(K):
+    wanted = [row for row in WITH_ROOM.values() for _ in range(K)]
+    assert told([*WITH_ROOM], 5, 4, **RULES, K=K) == wanted
+    # without room the same z, and nothing behind it
+    assert told([*WITH_ROOM], 5, 0, **RULES, K=K) == [(end, end, by) for _, end, by in wanted]
+
+
+def test_z_ends_once():
+    """20 21 22 23 24: 21 ends z; 23, a template too, is part of the answer."""
+    assert told([20], 5, 4, [[21], [23]], [24]) == [(5, 2, 1)]
+    assert told([20], 2, 9, [[21], [23]], [24]) == [(5, 2, 1)]
+    assert told([20], 1, 9, [[21], [23]], [24]) == [(1, 1, 0)]
+
+
+def test_dropped_rows_leave_the_others_in_place():
+    first = torch.randint(1, 60, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert told(first, 12, 6, **RULES) == [told([t], 12, 6, **RULES)[0] for t in first]
+
+
+# ------------------------------------------------------- pick_tokens
+
+def picked(p: list[float], u: list[float], temperature: float = 1.0) -> list[int]:
+    logits = torch.tensor(p).log().expand(len(u), -1)
+    return reference.inverse_cdf_sample(logits, torch.tensor(u, dtype=torch.float64), temperature).tolist()
+
+
+LAST = 1 - 2**-53  # the largest float64 below 1
+
+
+@pytest.mark.parametrize("p, u, tokens", [
+    ([0.25, 0.5, 0.25], [0, 0.24, 0.26, 0.74, 0.76, LAST], [0, 0, 1, 1, 2, 2]),
+    ([0, 0.5, 0, 0, 0.5, 0], [0, 0.49, 0.51, LAST], [1, 1, 4, 4]),  # what cannot happen does not
+    ([0, 0, 1, 0], [0, 0.5, LAST], [2, 2, 2]),
+    ([1, 1e-12], [0, 1 - 1.1e-12, 1 - 0.9e-12, LAST], [0, 0, 1, 1]),  # finer than float32
+    ([1e-12, 1], [0, 0.9e-12, 1.1e-12, LAST], [0, 0, 1, 1]),
+    ([3, 1], [0.74, 0.76], [0, 1])])  # softmax norms
+def test_pick_tokens_inverts_the_distribution_function(p, u, tokens):
+    assert picked(p, u) == tokens
+
+
+def test_pick_tokens_temperature():
+    """p^(1/T), normed: at T = 1/2 of 1 : 3 comes 1 : 9, at T = 2 of 1 : 9 comes 1 : 3."""
+    assert picked([0.25, 0.75], [0.099, 0.101], 0.5) == [0, 1]
+    assert picked([0.1, 0.9], [0.249, 0.251], 2.0) == [0, 1]
+
+
+def test_pick_tokens_draws_each_token_on_its_own_interval_only():
+    """Against a plain loop, for large vocabularies and peaked distributions with zeros."""
+    g = torch.Generator().manual_seed(0)
+    for sharpness in (0.1, 3.0, 30.0):
+        logits = sharpness * torch.randn(8, 5000, generator=g)
+        logits[:, ::7] = -torch.inf
+        u = torch.rand(8, generator=g, dtype=torch.float64)
+        u[:2] = torch.tensor([0.0, LAST])
+        tokens = reference.inverse_cdf_sample(logits, u, 1.0)
+        for row, chance, token in zip(logits.double().softmax(-1), u, tokens):
+            below, upto = row[:token].sum(), row[:token + 1].sum()
+            assert row[token] > 0 and below - 1e-12 <= chance * row.sum() <= upto + 1e-12
+    assert (reference.inverse_cdf_sample(logits, None, 1.0) == logits.argmax(-1)).all()
