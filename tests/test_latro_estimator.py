@@ -1,13 +1,13 @@
-"""The estimator of latro.py is proven here, not believed.
+"""Proves that the mean of the estimator is the exact gradient of the objective, by enumeration.
 
 With five tokens and L of 2 or 3 there are so few ways to write and to end z that all can be listed:
-17 or 49 outcomes. From plain forwards over single sequences follows the exact objective, and from
-autograd through all of it the exact gradient. Against that stands what latro.py does: the mean of
-its estimate over every K-tuple of outcomes (conclude, plant, logprobs, score_rationales, all as in
-training), with the outcomes and their probabilities that the sampler is shown to produce. A version
-of the estimator with a piece broken off must not pass: the mutants at the end of part 2.
+17 or 49 outcomes. Plain forward passes over single sequences give the exact objective, and autograd
+gives its exact gradient. latro.py is compared with that: the mean of its estimate over every K-tuple
+of outcomes (split_rollout, pack_tree, logprobs, score_rationales, all as in training), weighted by
+the probabilities with which the sampler is shown to draw them. Broken versions of the estimator must
+fail: the mutants at the end of part 2.
 
-All of it in float64, so that a tolerance of 1e-12 leaves a wrong term no room to hide in.
+Everything is in float64, so that a tolerance of 1e-12 hides no wrong term.
 """
 
 import copy
@@ -23,10 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels  # before transformers, which looks for a package of this name while it loads
 import latro
+from harness import data
+from kernels import decode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 V, EOS, STOPS = 5, 4, [[3], [1, 2]]  # an EOS token, and a template in two variants
-CODEC = SimpleNamespace(stops=STOPS, eos=[EOS], lead=[3], join=[1, 2])
+CODEC = SimpleNamespace(stops=STOPS, eos=[EOS], template_at_start=[3], template_after_z=[1, 2])
 BATCH = [data.Example("", "", x, answer, []) for x, answer in (
     ([0, 2, 1], [2, 0]), ([2], [4]), ([1, 0, 3, 2, 0], [0, 1, 4]), ([3, 1], [1, 4]))]
 COOL = 0.75  # a temperature that float32 holds exactly
@@ -68,25 +70,25 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 # ------------------------------------------------------- 1. the exact objective, by plain means
 
 def outcomes(L: int) -> dict[tuple[int, ...], int]:
-    """Every way to write and to end z: all that is sampled -> length of the template that ended it,
-    -1 for EOS, 0 for L."""
+    """Every way to write and to end z: the sampled ids -> what ended them: n for a template of n
+    tokens, -1 for EOS, 0 for L."""
     found = {}
     for string in itertools.product(range(V), repeat=L):
         for n in range(1, L + 1):
             ids = string[:n]
-            by = next((len(s) for s in STOPS if list(ids[-len(s):]) == s), -(ids[-1] == EOS))
-            if by:
+            reason = next((len(s) for s in STOPS if list(ids[-len(s):]) == s), -(ids[-1] == EOS))
+            if reason:
                 break
-        found[ids] = by
+        found[ids] = reason
     return found
 
 
-def context_and_y(ids: list[int], by: int, answer: list[int], credit: str):
-    """What y stands behind, and what y is: the rules of --credit, written once more."""
-    if by > 0 and credit == "answer":
+def context_and_y(ids: list[int], reason: int, answer: list[int], credit: str):
+    """What precedes y, and what y is: the rules of --credit, written a second time."""
+    if reason > 0 and credit == "answer":
         return ids, answer
-    z = ids[:len(ids) - abs(by)]
-    if by > 0:
+    z = ids[:len(ids) - abs(reason)]
+    if reason > 0:
         return z, ids[len(z):] + answer
     return z, ([1, 2] if z else [3]) + answer
 
@@ -98,15 +100,15 @@ def log_pi(policy, before: list[int], tokens: list[int], temperature: float = 1.
     return logp.gather(-1, torch.tensor(tokens)[:, None]).sum()
 
 
-def objective(policy, prior, e: data.Example, args: latro.Args):
+def objective(policy, reference, e: data.Example, args: latro.Args):
     """J of one question, and the probabilities of its outcomes."""
     logp, logp0, y, cut = [], [], [], []
-    for ids, by in outcomes(args.L).items():
-        context, target = context_and_y([*ids], by, e.answer, args.credit)
+    for ids, reason in outcomes(args.L).items():
+        context, target = context_and_y([*ids], reason, e.answer, args.credit)
         logp.append(log_pi(policy, e.x, [*ids], args.temperature))
-        logp0.append(log_pi(prior, e.x, [*ids], args.temperature) if prior else logp[-1])
+        logp0.append(log_pi(reference, e.x, [*ids], args.temperature) if reference else logp[-1])
         y.append(log_pi(policy, e.x + context, target))
-        cut.append(float(by == 0))
+        cut.append(float(reason == 0))
     logp, logp0, y, cut = *map(torch.stack, (logp, logp0, y)), torch.tensor(cut)
     p, value = logp.exp(), y.exp() if args.reward == "prob" else y
     if args.bound == "elbo":
@@ -124,8 +126,8 @@ def tuples(n: int, K: int) -> torch.Tensor:
 def exact(batch, args: latro.Args):
     """The gradient of the mean objective of some questions, and their outcomes' probabilities."""
     policy = llama(1, "sdpa")
-    prior = llama(2, "sdpa").requires_grad_(False) if args.beta else None
-    J, p = zip(*[objective(policy, prior, e, args) for e in batch])
+    reference = llama(2, "sdpa").requires_grad_(False) if args.beta else None
+    J, p = zip(*[objective(policy, reference, e, args) for e in batch])
     (sum(J) / len(J)).backward()
     return gradient(policy), p
 
@@ -134,16 +136,16 @@ def exact(batch, args: latro.Args):
 
 def expected(batch, chances, args: latro.Args):
     """The estimate of latro.score on every K-tuple of outcomes, times the tuple's probability."""
-    policy, prior = llama(1), llama(2) if args.beta else None
+    policy, reference = llama(1), llama(2) if args.beta else None
     for e, p in zip(batch, chances):
-        z = [latro.split_rollout(CODEC, [*ids], len(ids), by, e.answer, args.credit)
-             for ids, by in outcomes(args.L).items()]
+        z = [latro.split_rollout(CODEC, [*ids], len(ids), reason, e.answer, args.credit)
+             for ids, reason in outcomes(args.L).items()]
         for k in tuples(len(z), args.K).split(4096):
             groups = [[z[i] for i in row] for row in k.tolist()]
-            logp, s = latro.score(policy, prior, [e] * len(k), groups, args)
+            logp, s = latro.score(policy, reference, [e] * len(k), groups, args)
             tokens = [sum(len(r.actions) + len(r.y) for r in g) for g in groups]
             chance = p[k].prod(1).repeat_interleave(torch.tensor(tokens))
-            (chance * s.weights * logp).sum().backward()
+            (chance * s.token_weights * logp).sum().backward()
     return gradient(policy)
 
 
@@ -174,27 +176,32 @@ def reweighted(change):
     """Mutants of score_rationales: change(w_z, w_y, r, K, beta, total), (N,) each."""
     def mutant(logp, logp0, z_start, y_start, end, K, beta, **options):
         s = kernels.score_rationales(logp, logp0, z_start, y_start, end, K, beta, **options)
-        w = change(s.weights[z_start], s.weights[y_start], s.reward, K, beta, options["total"])
+        w = change(s.token_weights[z_start], s.token_weights[y_start], s.reward, K, beta, options["total"])
         tokens = torch.stack([y_start - z_start, end - y_start], 1).flatten()
-        return s._replace(weights=torch.stack(w, 1).flatten().repeat_interleave(tokens))
+        weights = torch.stack(w, 1).flatten().repeat_interleave(tokens)
+        return s._replace(token_weights=weights)
     return "score_rationales", mutant
 
 
-def replanted(change):
-    """Mutants of plant: change(tree, all rationales)."""
-    flat = lambda groups: [r for group in groups for r in group]
-    return "plant", lambda x, z, *rest: change(latro.pack_tree(x, z, *rest), flat(z))
+def repacked(change):
+    """Mutants of pack_tree: change(tree, all rationales)."""
+    pack_tree = latro.pack_tree
+
+    def mutant(prompts, groups, *rest):
+        tree = pack_tree(prompts, groups, *rest)
+        return change(tree, [r for group in groups for r in group])
+    return "pack_tree", mutant
 
 
 def ended_for_free(by: str):
-    """What ended z is no action: no score, no gradient, no KL."""
+    """What ended z is not an action: no score, no gradient, no KL."""
     def change(tree, z):
         targets = tree.targets.clone()
         for r, y_start in zip(z, tree.spans[1]):
-            if not r.cut and by == ("eos" if r.actions[-1] == EOS else "template"):
+            if not r.truncated and by == ("eos" if r.actions[-1] == EOS else "template"):
                 targets[y_start - (len(r.actions) - r.length):y_start] = -100
         return tree._replace(targets=targets)
-    return replanted(change)
+    return repacked(change)
 
 
 def share_of_kl(w_z, w_y, r, K, beta, total):
@@ -214,18 +221,18 @@ MUTANTS = dict(  # name: the case it shows in, the name in latro.py to replace, 
     free_template_iwae=("iwae", *ended_for_free("template")),
     free_eos=("answer", *ended_for_free("eos")),
     free_eos_iwae=("iwae", *ended_for_free("eos")),
-    # two slips of the released code: the answer's sum begins with the last token of z, and the
-    # temperature of sampling is ignored
-    early_answer=("answer", *replanted(lambda tree, _: tree._replace(
-        offsets=[tree.spans[0], tree.spans[1] - 1, tree.spans[2]]))),
-    no_temperature=("cool", *replanted(lambda tree, _: tree._replace(
+    # Two defects of the released code: the answer's sum starts at the last token of z, and the
+    # sampling temperature is ignored.
+    early_answer=("answer", *repacked(lambda tree, _: tree._replace(
+        spans=(tree.spans[0], tree.spans[1] - 1, tree.spans[2])))),
+    no_temperature=("cool", *repacked(lambda tree, _: tree._replace(
         temperature=torch.ones_like(tree.temperature)))),
     no_penalty=("penalty", "score_rationales",
                 lambda *a, penalty, **options: kernels.score_rationales(*a, **options)))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_broken_estimator_is_noticed(mutant, monkeypatch):
+def test_a_broken_estimator_fails(mutant, monkeypatch):
     case, name, broken = MUTANTS[mutant]
     args, batch = settings(**CASES[case]), BATCH[:2]
     g, chances = exact(batch, args)
@@ -257,27 +264,31 @@ def test_every_outcome_has_its_interval(L, temperature, within):
     outcome's exact probability. From edge to edge: so it draws the distribution of part 1."""
     policy, stock, prompts = llama(1), llama(1, "sdpa"), [e.x for e in BATCH]
     u = torch.cat([script(stock, x, L, temperature, within) for x in prompts])
-    drawn = latro.sample_rationales(policy, prompts, STOPS, [EOS], len(outcomes(L)), L, u, temperature)
-    wanted = [([*ids], len(ids), by) for ids, by in outcomes(L).items()]
+    drawn = latro.sample_rationales(policy, prompts, STOPS, [EOS], len(outcomes(L)), L, u,
+                                    temperature)
+    wanted = [([*ids], len(ids), reason) for ids, reason in outcomes(L).items()]
     assert drawn == wanted * len(prompts)
 
 
-@pytest.mark.parametrize("beside", ["nothing", "long", "short"])
+@pytest.mark.parametrize("others", ["none", "long", "short"])
 @torch.no_grad()
-def test_outcomes_do_not_hang_on_rows_beside_them(beside, monkeypatch):
-    """Each alone; among nine that L ends, none of which is dropped; among nine that are at once."""
-    kept, keep = [], kernels.sampler.Decoder.keep
-    monkeypatch.setattr(kernels.sampler.Decoder, "keep",
-                        lambda self, rows: (keep(self, rows), kept.append(len(rows))))
+def test_outcomes_do_not_depend_on_other_rows(others, monkeypatch):
+    """Each alone; with nine rows that L ends, none of which is dropped; with nine that end at once."""
+    kept, select_rows = [], decode.Decoder.select_rows
+
+    def spy(self, rows):
+        kept.append(len(rows))
+        select_rows(self, rows)
+    monkeypatch.setattr(decode.Decoder, "select_rows", spy)
     policy, e, L = llama(1), BATCH[0], 3
-    wanted = [([*ids], len(ids), by) for ids, by in outcomes(L).items()]
-    other = wanted.index(([0, 0, 0], 3, 0) if beside == "long" else ([EOS], 1, -1))
-    n, U = 0 if beside == "nothing" else 9, script(llama(1, "sdpa"), e.x, L, 1.0, 0.5)
+    wanted = [([*ids], len(ids), reason) for ids, reason in outcomes(L).items()]
+    other = wanted.index(([0, 0, 0], 3, 0) if others == "long" else ([EOS], 1, -1))
+    n, U = 0 if others == "none" else 9, script(llama(1, "sdpa"), e.x, L, 1.0, 0.5)
     for u, outcome in zip(U, wanted):
         u = torch.stack([u] + n * [U[other]])
         drawn = latro.sample_rationales(policy, [e.x], STOPS, [EOS], 1 + n, L, u)
         assert drawn == [outcome] + n * [wanted[other]]
-    drops = sum(len(ids) > 1 for ids in outcomes(L)) if beside == "short" else 0
+    drops = sum(len(ids) > 1 for ids in outcomes(L)) if others == "short" else 0
     assert kept == [1] * drops
 
 
@@ -306,11 +317,11 @@ def drawn(args, K: int, dtype=torch.float64):
 
 
 def accumulated(groups, args: latro.Args, micro: int, dtype=torch.float64) -> torch.Tensor:
-    """The gradient of an update over BATCH, `micro` questions a forward."""
-    policy, prior = llama(1, dtype=dtype), llama(2, dtype=dtype)
+    """The gradient of an update over BATCH, `micro` questions per forward pass."""
+    policy, reference = llama(1, dtype=dtype), llama(2, dtype=dtype)
     for i in range(0, len(BATCH), micro):
-        logp, s = latro.score(policy, prior, BATCH[i:i + micro], groups[i:i + micro], args)
-        (s.weights * logp).sum().backward()
+        logp, s = latro.score(policy, reference, BATCH[i:i + micro], groups[i:i + micro], args)
+        (s.token_weights * logp).sum().backward()
     return gradient(policy)
 
 
@@ -325,7 +336,7 @@ def test_micro_batches_change_nothing(bound, dtype, tolerance):
     assert max(wrong) < tolerance
 
 
-def test_averaging_over_the_micro_batch_is_noticed(monkeypatch):
+def test_averaging_over_the_micro_batch_fails(monkeypatch):
     args = settings(K=3, L=4, questions=len(BATCH))
     groups = drawn(args, 3)
     whole = accumulated(groups, args, len(BATCH))
@@ -335,23 +346,24 @@ def test_averaging_over_the_micro_batch_is_noticed(monkeypatch):
     assert error(accumulated(groups, args, 1), whole) > 1
 
 
-def test_rationales_do_not_hang_on_the_batch():
+def test_rationales_do_not_depend_on_the_batch():
     args = settings(K=3, L=4)
     groups = drawn(args, 3)
-    for slots in ([2], [3, 0], [1, 2, 3]):
-        part = latro.rollout(llama(1), CODEC, [BATCH[s] for s in slots], slots, 1, args, 3)
-        assert part == [groups[s] for s in slots]
+    for ids in ([2], [3, 0], [1, 2, 3]):
+        part = latro.rollout(llama(1), CODEC, [BATCH[i] for i in ids], ids, 1, args, 3)
+        assert part == [groups[i] for i in ids]
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kl_is_exactly_0_before_the_first_update(dtype, checkpointing):
-    """Bit for bit and token for token, though one forward keeps a graph and the other does not."""
+    """Bit-equal for every token, though one forward pass keeps a graph and the other does not."""
     policy, args = llama(1, dtype=dtype, layers=2), settings(K=3, L=4, temperature=COOL)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    for m in (policy, reference) if checkpointing else ():
-        m.gradient_checkpointing_enable()
+    if checkpointing:
+        policy.gradient_checkpointing_enable()
+        reference.gradient_checkpointing_enable()
     groups = drawn(args, 3)
     logp, s = latro.score(policy, reference, BATCH, groups, args)
     with torch.no_grad():
@@ -364,10 +376,10 @@ def test_sft_is_the_likelihood_of_rationale_and_answer():
     args, stock, policy = settings(questions=len(BATCH)), llama(1, "sdpa"), llama(1)
     given = [[0, 2], [], [2, 0, 1], []]
     groups = [[latro.gold_rationale(CODEC, z, e.answer)] for z, e in zip(given, BATCH)]
-    logp, s = latro.score(policy, None, BATCH, groups, args)
-    (s.weights * logp).sum().backward()
-    template = lambda z: [1, 2] if z else [3]
-    whole = [log_pi(stock, e.x, z + template(z) + e.answer) for z, e in zip(given, BATCH)]
+    logp, s = latro.score(policy, None, BATCH, groups, args, given=True)
+    (s.token_weights * logp).sum().backward()
+    whole = [log_pi(stock, e.x, z + ([1, 2] if z else [3]) + e.answer)
+             for z, e in zip(given, BATCH)]
     (sum(whole) / len(whole)).backward()
     assert error(gradient(policy), gradient(stock)) < 1e-13
     assert torch.allclose(s.logp_z + s.logp_y, torch.stack(whole), atol=1e-13)
@@ -409,20 +421,20 @@ def one_by_one(logp, logp0, spans, K, beta, bound="elbo", reward="logp", answer_
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_score_rationales_one_by_one(K, options, dtype, tolerance, scale):
-    """Ragged, some z empty, rewards near to and far from each other, a penalty on some."""
+    """Ragged lengths, some z empty, rewards close together and far apart, a penalty on some."""
     rng = np.random.default_rng(K)
     lengths = np.stack([rng.integers(0, 6, 4 * K), rng.integers(1, 5, 4 * K)], 1)
     lengths[::3, 0] = 0
     edges = np.concatenate([[0], lengths.cumsum()])
-    offsets = edges[:-1:2], edges[1::2], edges[2::2]
+    spans = edges[:-1:2], edges[1::2], edges[2::2]
     logp, logp0 = torch.tensor(-scale * rng.random((2, edges[-1]))).to(dtype)
     penalty = torch.tensor(rng.integers(0, 2, 4 * K) * 1.5).to(dtype)
-    for prior, beta in ((logp0, 0.3), (None, 0.0)):
+    for reference, beta in ((logp0, 0.3), (None, 0.0)):
         s = kernels.score_rationales(
-            logp, prior, *map(torch.tensor, offsets), K, beta, penalty=penalty, **options)
-        plain = one_by_one(logp.tolist(), None if prior is None else prior.tolist(),
-                           [*zip(*offsets)], K, beta, penalty=penalty.tolist(), **options)
-        assert (s.logp0_z is None) == (prior is None)
+            logp, reference, *map(torch.tensor, spans), K, beta, penalty=penalty, **options)
+        known = None if reference is None else reference.tolist()
+        plain = one_by_one(logp.tolist(), known, [*zip(*spans)], K, beta, penalty=penalty.tolist(), **options)
+        assert (s.logp0_z is None) == (reference is None)
         for name, found, wanted in zip(s._fields, s, plain):
             if found is not None:
                 wanted, found = torch.tensor(wanted, dtype=torch.float64), found.double()
@@ -449,8 +461,8 @@ def hidden(T: int, V: int, D: int = 8, dtype=torch.float64):
 
 def in_one_piece(h, W, targets, temperature):
     """The definition, in float64, [T, V] and all."""
-    heat = torch.as_tensor(temperature, dtype=torch.float64).view(-1, 1)
-    logp = (h.double() @ W.double().T / heat).log_softmax(-1)
+    temperature = torch.as_tensor(temperature, dtype=torch.float64).view(-1, 1)
+    logp = (h.double() @ W.double().T / temperature).log_softmax(-1)
     return torch.stack([row[t] if t >= 0 else 0 * row[0] for row, t in zip(logp, targets)])
 
 
@@ -482,7 +494,7 @@ def test_token_logprobs_gradcheck(monkeypatch):
     assert torch.autograd.gradcheck(lambda h, W: kernels.token_logprobs(h, W, targets, 0.7), (h, W))
 
 
-def test_token_logprobs_of_ignored_targets_and_of_none():
+def test_token_logprobs_with_all_targets_ignored_or_none_given():
     h, W, targets = hidden(5, 7, 3)
     for h, targets in ((h, torch.full_like(targets, -100)), (h[:0], targets[:0])):
         logp = kernels.token_logprobs(h, W, targets)
@@ -490,8 +502,8 @@ def test_token_logprobs_of_ignored_targets_and_of_none():
         assert logp.shape == targets.shape and not logp.any() and not dh.any() and not dW.any()
 
 
-def test_token_logprobs_of_what_is_no_token():
-    """-100 alone is ignored: any other number outside the vocabulary is an error."""
+def test_token_logprobs_refuses_targets_outside_the_vocabulary():
+    """Only -100 is ignored: any other number outside the vocabulary is an error."""
     h, W, targets = hidden(5, 7, 3)
     for wrong in (-1, -101, 7):
         targets[1] = wrong
@@ -511,7 +523,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_all_logits_are_never_held(monkeypatch):
-    """Neither on the way there nor on the way back is anything as large as [T, V]."""
+    """No tensor of the forward or the backward pass is as large as [T, V]."""
     h, W, targets = hidden(64, 100, 4)
     monkeypatch.setattr(kernels.reference, "CHUNK", 4 * len(W))
     with Largest() as largest:

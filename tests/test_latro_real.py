@@ -1,7 +1,7 @@
-"""A real model on real data: SmolLM2-135M-Instruct on GSM8K and ARC-Challenge, through the script.
+"""Proves that a real model runs on real data: SmolLM2-135M-Instruct on GSM8K and ARC-Challenge.
 
-    OMP_NUM_THREADS=2 pytest -m real tests/test_real.py       without it, one thread
-    LATRO_SMOLLM2=DIR pytest -m real tests/test_real.py       with what smollm2.py made there
+    OMP_NUM_THREADS=2 pytest -m real tests/test_latro_real.py   without it, one thread
+    LATRO_SMOLLM2=DIR pytest -m real tests/test_latro_real.py   with what smollm2.py made there
 
 This shows that everything fits together outside the toy: a chat template, a vocabulary of 49152,
 grouped heads, bfloat16 weights, long rationales. Nothing is learned in three updates.
@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import kernels
 import latro
+from harness import data, distributed
 from conftest import ROOT, launch, rows
 
 DATA = ROOT.parent / "shared" / "data"
@@ -35,7 +35,7 @@ def model(tmp_path_factory):
     return convert(tmp_path_factory.mktemp("smollm2"))
 
 
-def data(task):
+def data_dir(task):
     if not (DATA / task / "train.jsonl").exists():
         pytest.skip(f"{DATA / task} is not there")
     return DATA / task
@@ -43,7 +43,7 @@ def data(task):
 
 def run(model, task, out, *flags):
     """A run of the script, its log checked; returns the metrics."""
-    where = ["--model", model, "--task", task, "--data", data(task), "--out", out]
+    where = ["--model", model, "--task", task, "--data", data_dir(task), "--out", out]
     code, _, errors = launch(*where, *SMALL, *flags)
     assert code == 0, errors[-3000:]
     metrics, evals = rows(out), rows(out, "evals")
@@ -82,18 +82,19 @@ def test_arc_challenge(model, tmp_path):
 
 
 def test_a_gold_rationale_makes_the_answer_likelier(model):
-    """What LaTRO lives on, the paper's figure 2: log p(y|x+z) against log p(y|x), both by the tree.
-    And the tree's number is that of plain transformers on the text as a whole."""
-    args = latro.parse(["--model", str(model), "--task", "gsm8k", "--data", str(data("gsm8k"))])
+    """What LaTRO relies on, the paper's figure 2: log p(y|x+z) against log p(y|x), both by the tree.
+    The tree's number equals that of plain transformers on the whole text."""
+    args = latro.parse(["--model", str(model), "--task", "gsm8k", "--data", str(data_dir("gsm8k"))])
     codec, examples, _ = data.load_datasets(args)
-    policy = latro.load_model(args, distributed.init_distributed(), torch.float32)
+    policy = latro.load_model(args, distributed.init_distributed(), torch.float32,
+                              latro.logprobs)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     gains = []
     try:
         for e in examples[:8]:
-            ways = [([], codec.lead), (e.z, codec.join)]
+            forms = [([], codec.template_at_start), (e.z, codec.template_after_z)]
             group = [latro.Rationale([], z, len(z), template + e.answer, len(z), False)
-                     for z, template in ways]
+                     for z, template in forms]
             tree = latro.pack_tree([e.x], [group], 1.0, policy)
             with torch.no_grad():
                 without, given = latro.sum_spans(policy.logprobs(tree), *tree.spans)[1].tolist()
@@ -108,14 +109,14 @@ def test_a_gold_rationale_makes_the_answer_likelier(model):
 
 
 def test_ids_are_those_of_the_whole_text(model):
-    """Nothing moves at the seams: prompt, rationale, template and answer, each tokenised in its
-    place, are the chat template's ids of the whole conversation. Digits stand alone here, behind a
-    space of their own: a wrong seam would cost nats."""
-    args = latro.parse(["--model", str(model), "--task", "gsm8k", "--data", str(data("gsm8k"))])
+    """Nothing moves at the seams: prompt, rationale, template and answer, each tokenised
+    separately, are the chat template's ids of the whole conversation. Digits are single tokens here,
+    after a space of their own: a wrong seam would cost nats."""
+    args = latro.parse(["--model", str(model), "--task", "gsm8k", "--data", str(data_dir("gsm8k"))])
     codec, examples, _ = data.load_datasets(args)
     for e in examples[:200]:
-        reply = f"{codec.text(e.z)}{codec.tokenizer.decode(codec.join)} {e.gold}."
-        chat = [dict(role="user", content=e.ask), dict(role="assistant", content=reply)]
+        reply = f"{codec.text(e.z)}{codec.tokenizer.decode(codec.template_after_z)} {e.gold}."
+        chat = [dict(role="user", content=e.question), dict(role="assistant", content=reply)]
         whole = codec.tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
-        ours = e.x + e.z + codec.join + e.answer
-        assert ours == whole[:len(ours)] and len(whole) - len(ours) <= 1  # but for the last newline
+        ours = e.x + e.z + codec.template_after_z + e.answer
+        assert ours == whole[:len(ours)] and len(whole) - len(ours) <= 1  # a last newline

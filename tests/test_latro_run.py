@@ -1,5 +1,6 @@
-"""The real script, end to end on the shipped toy: what out/ holds, what every flag does, how a run
-stops and goes on. Numbers are compared bit by bit: one thread on a CPU repeats itself exactly."""
+"""Proves what out/ holds, what every flag does, and that a run stops and resumes bit-equal.
+
+The real script, end to end on the shipped toy. One thread on a CPU repeats itself exactly."""
 
 import dataclasses
 import json
@@ -36,7 +37,7 @@ def shipped(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def default(tmp_path_factory):
-    """Two small updates with default flags, to hold other flags up against."""
+    """Two small updates with default flags, with which other flags are compared."""
     return start(*TINY, "--steps", 2, out=tmp_path_factory.mktemp("default") / "out")
 
 
@@ -47,7 +48,7 @@ def two(tmp_path, *flags):
 
 @pytest.mark.parametrize("installed, first", [
     (False, "from transformers import LlamaModel"), (False, ""), (True, "")])
-def test_imports_beside_transformers(installed, first, tmp_path):
+def test_imports_with_transformers(installed, first, tmp_path):
     """transformers looks for Hugging Face's package "kernels", and imports from it where its
     version fits: ours must not be taken for it, whether that one is installed or not."""
     version = import_utils.KERNELS_MIN_VERSION
@@ -157,8 +158,8 @@ def test_steps_and_epochs_print_each_other(shipped, data, tmp_path, capsys):
 
 def prepared(data, *flags):
     args = latro.parse([*f"--model {TOY} --task qa --data {data} --L 48".split(), *flags])
-    _, training, held_out = data.load_datasets(args)
-    return [e.ask for e in training], [e.ask for e in held_out]
+    _, training, held_out = latro.load_datasets(args)
+    return [e.question for e in training], [e.question for e in held_out]
 
 
 def test_held_out_is_the_end_of_train_and_never_test(data):
@@ -228,7 +229,12 @@ def test_answer_weight_is_on_unless_taken_away(tmp_path, default):
 
 def test_beta_zero_loads_no_reference(tmp_path, monkeypatch):
     loads = []
-    monkeypatch.setattr(latro, "load", lambda *a, load=latro.load_model: loads.append(a) or load(*a))
+    load_model = latro.load_model
+
+    def spy(*args):
+        loads.append(args)
+        return load_model(*args)
+    monkeypatch.setattr(latro, "load_model", spy)
     metrics = two(tmp_path, "--beta", 0)
     assert len(loads) == 1
     assert all(row["elbo"] is None and row["kl"] is None for row in metrics)
@@ -403,8 +409,8 @@ def test_samples_are_those_of_the_question(tmp_path, monkeypatch):
         drawn.append(rollout(*args, **how))
         return drawn[-1]
     monkeypatch.setattr(latro, "rollout", spy)
-    monkeypatch.setattr(latro, "look", lambda *_: None)
-    monkeypatch.setattr(latro, "report", lambda _: None)
+    monkeypatch.setattr(latro, "evaluate_and_log", lambda *_: None)
+    monkeypatch.setattr(latro, "before_and_after", lambda _: "")
     flags = "--questions 4 --steps 4 --micro 1".split()
     logged = rows(start(*TINY, *flags, out=tmp_path / "out"), "samples")
     lengths = [[[len(r.actions) for r in group] for group in groups] for groups in drawn]

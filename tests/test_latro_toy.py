@@ -1,4 +1,4 @@
-"""The toy that ships is what its script says: no split knows another, every answer is right."""
+"""Proves that the toy is what its script says: no split overlaps another, every answer is right."""
 
 import json
 import re
@@ -37,8 +37,8 @@ def test_rows(split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_rationales(split):
-    """None where SFT would learn it; else an equation a step, each right, each from where the last
-    one ended, up to the answer."""
+    """None where SFT would learn it. Else one equation per step, each right, each starting where the
+    last one ended, up to the answer."""
     for row in SPLITS[split]:
         assert ("rationale" in row) == (split != "train")
         if split == "train":
@@ -53,8 +53,8 @@ def test_rationales(split):
         assert ends[-1] == row["answer"]
 
 
-def test_no_split_knows_another():
-    """By chain and by text; nor does pretraining, whose chains have other hashes."""
+def test_no_split_overlaps_another():
+    """By chain and by text. Pretraining overlaps none either: its chains have other hashes."""
     for key in ("chain", "question"):
         seen = [{row[key] for row in rows} for rows in SPLITS.values()]
         assert len(set.union(*seen)) == sum(map(len, seen))

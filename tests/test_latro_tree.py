@@ -1,9 +1,9 @@
-"""Tree and sampler against plain Hugging Face models, and the sampler's rules on a written script.
+"""Proves that tree and sampler agree with plain Hugging Face models, and how the sampler stops.
 
-The truth is the stock model of each architecture, with its own attention and masks, over one
+The reference is the stock model of each architecture, with its own attention and masks, over one
 sequence at a time: no padding, no tree, no cache. A tree of several questions must give the same
-log-probs and gradients; the sampler must continue a prompt as `generate` does, draw from the very
-distribution that is scored, and must not let a row feel the rows beside it.
+log-probs and gradients. The sampler must continue a prompt as `generate` does, draw from the
+distribution that is scored, and give a row the same tokens whatever the other rows are.
 """
 
 import copy
@@ -14,12 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-import kernels  # before transformers, which looks for a package of this name while it loads
+import kernels  # noqa: F401  before transformers, which looks for a package of this name
 import latro
+from harness import distributed
+from kernels import attention as kernel_attention
+from kernels import reference
 import transformers as hf
 
 V, EOS, STOPS = 23, [7, 9], [[3], [4, 5]]
-CODEC = SimpleNamespace(lead=[3], join=[4, 5])
+CODEC = SimpleNamespace(template_at_start=[3], template_after_z=[4, 5])
 SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
              bos_token_id=None, eos_token_id=None, pad_token_id=None)
@@ -53,7 +56,8 @@ def model(name: str, attention: str = "latro", dtype=torch.float32):
                 setattr(parent, key, norm)
     for key, p in m.named_parameters():  # biases and norms too, each its own
         nn.init.normal_(p, float("norm" in key), 0.25)
-    m = attention.patch_model(m) if attention == "latro" else m
+    if attention == "latro":
+        kernel_attention.patch_model(m)
     m.set_attn_implementation(attention)
     m.logprobs = latro.logprobs.__get__(m)
     return m.eval()
@@ -124,11 +128,13 @@ def test_the_window_matters(name):
 
 
 def test_a_tree_written_out():
-    """Two prompts; z by template, by EOS and by L; pads; the rows of the mask, one by one."""
+    """Two prompts; z ended by the template, by EOS and by L; padding; every row of the masks."""
     policy = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(sliding_window=3))
-    by = lambda draw, y: latro.split_rollout(CODEC, *draw, y, "answer")
-    groups = [[by(([1, 3], 2, 1), [12]), by(([2, 7], 2, -1), [13, 14])],
-              [by(([6], 1, 0), [12]), by(([7], 1, -1), [12])]]
+
+    def rationale(draw, y):
+        return latro.split_rollout(CODEC, *draw, y, "answer")
+    groups = [[rationale(([1, 3], 2, 1), [12]), rationale(([2, 7], 2, -1), [13, 14])],
+              [rationale(([6], 1, 0), [12]), rationale(([7], 1, -1), [12])]]
     tree = latro.pack_tree([[20, 21], [22]], groups, 0.5, policy)
     assert tree.ids.tolist() == [[20, 21, 1, 3, 2, 4, 5, 13, 22, 6, 4, 5, 3, 0]]
     assert tree.position.tolist() == [[0, 1, 2, 3, 2, 3, 4, 5, 0, 1, 2, 3, 1, 0]]
@@ -136,21 +142,23 @@ def test_a_tree_written_out():
     assert tree.sources.tolist() == [1, 2, 3, 1, 4, 4, 5, 6, 7, 8, 9, 10, 11, 8, 8, 12]
     assert tree.temperature.tolist() == [.5, .5, 1, .5, .5, 1, 1, 1, 1, .5, 1, 1, 1, .5, 1, 1]
     assert [t.tolist() for t in tree.spans] == [[0, 3, 9, 13], [2, 5, 10, 14], [3, 9, 13, 16]]
-    into, back, trunks, branches = tree.layout
-    rows = [[0, 1, 13], [8, 13, 13],  # trunks, with a place to spare, which is token 13's
+    perm, inverse, prompt_mask, branch_mask = tree.layout
+    rows = [[0, 1, 13], [8, 13, 13],  # prompts; a slot to spare holds token 13
             [2, 3, 13, 13, 13], [4, 5, 6, 7, 13], [9, 10, 11, 13, 13], [12, 13, 13, 13, 13]]
-    assert into.tolist() == sum(rows, [])
-    assert [into[i] for i in back] == [*range(14)]
-    written = lambda mask: [["".join(map(str, q)) for q in b] for b in mask[:, 0].int().tolist()]
-    assert written(trunks) == [["100", "110", "001"], ["100", "011", "011"]]
-    assert written(branches)[:2] == [["11010000", "01011000", *["00100111"] * 3],
+    assert perm.tolist() == sum(rows, [])
+    assert [perm[i] for i in inverse] == [*range(14)]
+
+    def written(mask):
+        return [["".join(map(str, q)) for q in b] for b in mask[:, 0].int().tolist()]
+    assert written(prompt_mask) == [["100", "110", "001"], ["100", "011", "011"]]
+    assert written(branch_mask)[:2] == [["11010000", "01011000", *["00100111"] * 3],
                                      ["11010000", "01011000", "00011100", "00001110", "00100001"]]
-    assert written(branches)[2][:3] == ["10010000", "10011000", "00011100"]
+    assert written(branch_mask)[2][:3] == ["10010000", "10011000", "00011100"]
 
 
-def test_attention_over_branches_is_attention_over_all():
-    """Values and gradients of an S x S mask in float64; token S - 1 moves nothing and is not
-    moved."""
+def test_tree_attention_equals_attention_with_a_full_mask():
+    """Values and gradients of an S x S mask in float64; token S - 1, the padding, has no effect and
+    no gradient."""
     torch.manual_seed(0)
     trunks, branches, S, d = [(0, 3), (12, 1)], [(3, 4), (7, 5), (13, 1), (14, 6)], 21, 6
     branch = torch.tensor([0] * 3 + [1] * 4 + [2] * 5 + [3] + [4] + [5] * 6 + [6])
@@ -158,7 +166,7 @@ def test_attention_over_branches_is_attention_over_all():
     position = [*range(3), *range(3, 7), *range(3, 8), 0, 1, *range(1, 7)]
     place = torch.tensor(position + [0])
     policy = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(sliding_window=4))
-    layout = kernels.tree.lay(trunks, branches, position, policy)
+    layout = kernel_attention.build_layout(trunks, branches, position, policy)
     trunk = (branch == 0) | (branch == 3)
     related = (branch == branch[:, None]) | trunk & (tree == tree[:, None])
     ahead = place[:, None] - place
@@ -166,11 +174,12 @@ def test_attention_over_branches_is_attention_over_all():
     q, k, v = (torch.randn(1, heads, S, d, dtype=torch.float64, requires_grad=True)
                for heads in (6, 2, 2))
     upstream = torch.randn(1, S, 6, d, dtype=torch.float64)
-    upstream[:, -1] = 0  # nobody scores it
+    upstream[:, -1] = 0  # it is not scored
     wide = [t.repeat_interleave(3, 1) for t in (k, v)]
     wanted = nn.functional.scaled_dot_product_attention(q, *wide, mask[None, None], scale=0.3)
     shared = SimpleNamespace(num_attention_heads=6, num_key_value_heads=2)
-    found, _ = kernels.attention(None, q, k, v, None, 0.3, layout=layout.biased(q, shared))
+    found, _ = kernel_attention.attention(None, q, k, v, None, 0.3,
+                                          layout=layout.additive(q, shared))
     assert (found - wanted.transpose(1, 2))[:, :-1].abs().max() < 1e-14
     for a, b in zip(torch.autograd.grad((found * upstream).sum(), (q, k, v)), torch.autograd.grad(
             (wanted.transpose(1, 2) * upstream).sum(), (q, k, v))):
@@ -180,18 +189,19 @@ def test_attention_over_branches_is_attention_over_all():
 @pytest.mark.parametrize("sizes, budget, passes", [
     ([3, 3, 2, 4, 5, 2], 6, [[0, 1], [2, 3], [4], [5]]), ([7, 2, 4], 6, [[0], [1, 2]]),
     ([1, 1], 1, [[0], [1]]), ([1, 1], 9, [[0, 1]]), ([], 9, [])])
-def test_packs(sizes, budget, passes):
+def test_make_micro_batches(sizes, budget, passes):
     assert distributed.make_micro_batches(sizes, budget) == passes
 
 
-def test_rounded_sizes(monkeypatch):
-    """As on a GPU: more places, more tokens that nobody sees, the same numbers."""
+def test_sizes_are_rounded_up(monkeypatch):
+    """As on a GPU: more slots, more padding tokens, the same numbers."""
     policy, groups = model("mistral_window", dtype=torch.float64), ragged("answer")
     sizes, values = [], []
-    for grain in (1, 8):
-        monkeypatch.setitem(kernels.tree.GRAIN, "cpu", grain)
+    for multiple in (1, 8):
+        monkeypatch.setitem(kernel_attention.PAD_MULTIPLE, "cpu", multiple)
         tree = latro.pack_tree(PROMPTS, groups, 1.0, policy)
-        sizes.append([tree.ids.numel(), *tree.layout.trunks.shape, *tree.layout.branches.shape])
+        sizes.append([tree.ids.numel(), *tree.layout.prompt_mask.shape,
+                      *tree.layout.branch_mask.shape])
         logp = policy.logprobs(tree)
         values.append((logp.detach(), gradients(policy, logp)))
     assert all(n % 8 == 0 for n in (sizes[1][i] for i in (0, 3, 4, 7, 8))) and sizes[0] != sizes[1]
@@ -200,11 +210,13 @@ def test_rounded_sizes(monkeypatch):
 
 
 @each_model
-def test_branches_and_questions_are_blind_to_each_other(name):
-    """Other rationales beside it, and other questions, move a log-prob by rounding at most."""
+def test_branches_and_questions_do_not_see_each_other(name):
+    """Other rationales and other questions in the tree change a log-prob by rounding at most."""
     policy, groups = model(name, dtype=torch.float64), ragged("answer")
-    score = lambda x, z: policy.logprobs(latro.pack_tree(x, z, 1.0, policy)).split(
-        [len(r.actions) + len(r.y) for group in z for r in group])
+
+    def score(prompts, groups):
+        return policy.logprobs(latro.pack_tree(prompts, groups, 1.0, policy)).split(
+            [len(r.actions) + len(r.y) for group in groups for r in group])
     with torch.no_grad():
         together = iter(score(PROMPTS, groups))
         for x, group in zip(PROMPTS, groups):
@@ -226,7 +238,8 @@ def test_greedy_is_generate(name):
     """All prompts in one left-padded batch, against one at a time; with ends at EOS, some early."""
     policy, stock, n = model(name), model(name, "sdpa"), 16
     whole = [generated(stock, x, n, None) for x in PROMPTS]
-    assert [ids for ids, *_ in latro.sample_rationales(policy, PROMPTS, [], [-1], 1, n, None)] == whole
+    assert [ids for ids, *_ in latro.sample_rationales(policy, PROMPTS, [], [-1], 1, n,
+                                                       None)] == whole
     eos = [whole[0][0], whole[1][4]]  # so that one row ends at once, and some on the way
     short = [generated(stock, x, n, eos) for x in PROMPTS]
     assert len(short[0]) == 1 and len({*map(len, short)}) > 2
@@ -237,24 +250,25 @@ def test_greedy_is_generate(name):
 @pytest.fixture
 def seen(monkeypatch) -> list[torch.Tensor]:
     """The logits that the sampler draws from, step by step."""
-    steps, pick = [], kernels.sampler.pick_tokens
+    steps, pick = [], latro.inverse_cdf_sample
 
     def spy(logits, *rest):
         steps.append(logits.double())
         return pick(logits, *rest)
-    monkeypatch.setattr(kernels.sampler, "pick_tokens", spy)
+    monkeypatch.setattr(latro, "inverse_cdf_sample", spy)
     return steps
 
 
 @each_model
 @pytest.mark.parametrize("dtype, nats", [(torch.float32, 1e-5), (torch.float64, 2e-6)])
 @torch.no_grad()
-def test_what_is_drawn_from_is_what_is_scored(name, dtype, nats, seen):
+def test_the_sampling_distribution_is_the_one_scored(name, dtype, nats, seen):
     """Every distribution that the sampler draws from is the stock model's, and so are the log-probs
     that the tree gives the draws. The sampler's logits are float32, so 2e-6 nats is float64's."""
     policy, stock, K, L, T = model(name, dtype=dtype), model(name, "sdpa", dtype), 3, 12, 0.75
     uniform = torch.rand(len(PROMPTS) * K, L, generator=torch.Generator().manual_seed(0))
-    drawn = latro.sample_rationales(policy, PROMPTS, [], [-1], K, L, uniform, T)  # nothing ends a row early
+    # No token ends a row early.
+    drawn = latro.sample_rationales(policy, PROMPTS, [], [-1], K, L, uniform, T)
     logits = torch.stack(seen, 1).view(len(PROMPTS), K, L, V)
     groups = [[latro.split_rollout(CODEC, *d, [12], "answer") for d in drawn[i:i + K]]
               for i in range(0, len(drawn), K)]
@@ -267,11 +281,13 @@ def test_what_is_drawn_from_is_what_is_scored(name, dtype, nats, seen):
 
 
 @each_model
-def test_a_row_hangs_on_its_own_numbers_alone(name):
-    """Alone, among other prompts and among more rationales: the same draw."""
+def test_a_row_depends_on_its_own_numbers_only(name):
+    """The same draw alone, with other prompts, and with more rationales."""
     policy, K, L = model(name), 6, 14
     uniform = torch.rand(len(PROMPTS), K, L, generator=torch.Generator().manual_seed(0))
-    sample = lambda x, u: latro.sample_rationales(policy, x, STOPS, EOS, u.shape[1], L, u.flatten(0, 1))
+
+    def sample(prompts, u):
+        return latro.sample_rationales(policy, prompts, STOPS, EOS, u.shape[1], L, u.flatten(0, 1))
     many = sample(PROMPTS, uniform)
     assert len({end for _, end, _ in many}) > 3
     few = sample(PROMPTS[1:3], uniform[1:3, 2:4])
@@ -296,19 +312,21 @@ class Script:
         return SimpleNamespace(weight=torch.eye(100))
 
 
-def told(first: list[int], L: int, room: int, stops, eos, K: int = 1) -> list[tuple]:
-    """(number of ids, end, by) of the continuations that begin with these tokens."""
-    rows = latro.sample_rationales(Script(), [[t - 1] for t in first], stops, eos, K, L, None, room=room)
+def continued(first: list[int], L: int, max_answer_tokens: int, stops, eos,
+              K: int = 1) -> list[tuple]:
+    """(number of ids, end, stop reason) of the continuations that begin with these tokens."""
+    rows = latro.sample_rationales(Script(), [[t - 1] for t in first], stops, eos, K, L, None,
+                                   max_answer_tokens=max_answer_tokens)
     for (ids, *_), t in zip(rows, (t for t in first for _ in range(K)), strict=True):
         assert ids == [*range(t, t + len(ids))]
-    return [(len(ids), end, by) for ids, end, by in rows]
+    return [(len(ids), end, reason) for ids, end, reason in rows]
 
 
 RULES = dict(stops=[[20, 21], [40]], eos=[30, 43])
-WITH_ROOM = {  # first token: what becomes of it with L = 5 and room = 4
-    20: (6, 2, 2),  # 20 21: a template at once, then an answer for as long as there is room
+WITH_ANSWER = {  # first token: its continuation with L = 5 and 4 tokens for the answer
+    20: (6, 2, 2),  # 20 21: a template at once, then an answer of all 4 tokens
     17: (9, 5, 2),  # ... 20 21: a template at L is in time
-    16: (5, 5, 0),  # ... 20: half a template at L is not; no room for what L cut
+    16: (5, 5, 0),  # ... 20: half a template at L is not; no answer after a z that L cut
     21: (5, 5, 0),  # nor is a template begun by the prompt, here 20
     40: (4, 1, 1), 39: (5, 2, 1), 37: (7, 4, 1),  # 40 ... 43: the answer ends at EOS
     30: (1, 1, -1), 28: (3, 3, -1), 26: (5, 5, -1),  # z ends at EOS: at once, later, at L
@@ -316,30 +334,32 @@ WITH_ROOM = {  # first token: what becomes of it with L = 5 and room = 4
 
 
 @pytest.mark.parametrize("K", [1, 3])
-def test_room_is_for_what_a_template_ended(K):
-    wanted = [row for row in WITH_ROOM.values() for _ in range(K)]
-    assert told([*WITH_ROOM], 5, 4, **RULES, K=K) == wanted
-    # without room the same z, and nothing behind it
-    assert told([*WITH_ROOM], 5, 0, **RULES, K=K) == [(end, end, by) for _, end, by in wanted]
+def test_an_answer_follows_a_template_only(K):
+    wanted = [row for row in WITH_ANSWER.values() for _ in range(K)]
+    assert continued([*WITH_ANSWER], 5, 4, **RULES, K=K) == wanted
+    # Without an answer the same z, and nothing after it.
+    alone = [(end, end, reason) for _, end, reason in wanted]
+    assert continued([*WITH_ANSWER], 5, 0, **RULES, K=K) == alone
 
 
 def test_z_ends_once():
     """20 21 22 23 24: 21 ends z; 23, a template too, is part of the answer."""
-    assert told([20], 5, 4, [[21], [23]], [24]) == [(5, 2, 1)]
-    assert told([20], 2, 9, [[21], [23]], [24]) == [(5, 2, 1)]
-    assert told([20], 1, 9, [[21], [23]], [24]) == [(1, 1, 0)]
+    assert continued([20], 5, 4, [[21], [23]], [24]) == [(5, 2, 1)]
+    assert continued([20], 2, 9, [[21], [23]], [24]) == [(5, 2, 1)]
+    assert continued([20], 1, 9, [[21], [23]], [24]) == [(1, 1, 0)]
 
 
 def test_dropped_rows_leave_the_others_in_place():
     first = torch.randint(1, 60, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    assert told(first, 12, 6, **RULES) == [told([t], 12, 6, **RULES)[0] for t in first]
+    assert continued(first, 12, 6, **RULES) == [continued([t], 12, 6, **RULES)[0] for t in first]
 
 
-# ------------------------------------------------------- pick_tokens
+# ------------------------------------------------------- inverse_cdf_sample
 
 def picked(p: list[float], u: list[float], temperature: float = 1.0) -> list[int]:
     logits = torch.tensor(p).log().expand(len(u), -1)
-    return reference.inverse_cdf_sample(logits, torch.tensor(u, dtype=torch.float64), temperature).tolist()
+    u = torch.tensor(u, dtype=torch.float64)
+    return reference.inverse_cdf_sample(logits, u, temperature).tolist()
 
 
 LAST = 1 - 2**-53  # the largest float64 below 1
@@ -347,22 +367,22 @@ LAST = 1 - 2**-53  # the largest float64 below 1
 
 @pytest.mark.parametrize("p, u, tokens", [
     ([0.25, 0.5, 0.25], [0, 0.24, 0.26, 0.74, 0.76, LAST], [0, 0, 1, 1, 2, 2]),
-    ([0, 0.5, 0, 0, 0.5, 0], [0, 0.49, 0.51, LAST], [1, 1, 4, 4]),  # what cannot happen does not
+    ([0, 0.5, 0, 0, 0.5, 0], [0, 0.49, 0.51, LAST], [1, 1, 4, 4]),  # tokens of probability 0 are never drawn
     ([0, 0, 1, 0], [0, 0.5, LAST], [2, 2, 2]),
     ([1, 1e-12], [0, 1 - 1.1e-12, 1 - 0.9e-12, LAST], [0, 0, 1, 1]),  # finer than float32
     ([1e-12, 1], [0, 0.9e-12, 1.1e-12, LAST], [0, 0, 1, 1]),
-    ([3, 1], [0.74, 0.76], [0, 1])])  # softmax norms
-def test_pick_tokens_inverts_the_distribution_function(p, u, tokens):
+    ([3, 1], [0.74, 0.76], [0, 1])])  # softmax normalises
+def test_inverts_the_cumulative_distribution(p, u, tokens):
     assert picked(p, u) == tokens
 
 
-def test_pick_tokens_temperature():
-    """p^(1/T), normed: at T = 1/2 of 1 : 3 comes 1 : 9, at T = 2 of 1 : 9 comes 1 : 3."""
+def test_inverse_cdf_temperature():
+    """p^(1/T), normalised: 1 : 3 becomes 1 : 9 at T = 1/2, and 1 : 9 becomes 1 : 3 at T = 2."""
     assert picked([0.25, 0.75], [0.099, 0.101], 0.5) == [0, 1]
     assert picked([0.1, 0.9], [0.249, 0.251], 2.0) == [0, 1]
 
 
-def test_pick_tokens_draws_each_token_on_its_own_interval_only():
+def test_inverse_cdf_draws_each_token_on_its_own_interval_only():
     """Against a plain loop, for large vocabularies and peaked distributions with zeros."""
     g = torch.Generator().manual_seed(0)
     for sharpness in (0.1, 3.0, 30.0):
