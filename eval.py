@@ -253,8 +253,8 @@ def likelihood(done: list[dict]) -> dict[str, dict]:
     """Mean -log p(y|x) of template + gold answer + end, nats (the paper's figure 2), by what
     precedes y: nothing, a sampled z (mean over samples), the gold z, another question's gold z.
 
-    "answer" is answer + end. The policy chose to write the template after a sampled z, and not after
-    the others: compare the answers where the templates differ much."""
+    "answer" is answer + end. The policy chose to write the template after a sampled z, and not
+    after the others: compare the answers where the templates differ much."""
     def loss(row: dict, name: str) -> list[float]:
         known = row["samples"] if name == "sampled" else [row[name]]
         parts = np.mean([[k["template"], k["answer"] + k["end"]] for k in known], axis=0)

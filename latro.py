@@ -37,7 +37,7 @@ from tqdm import tqdm
 import kernels  # before transformers: see there
 from harness import config, memory
 from harness.answers import answer_in, same_answer
-from harness.checkpoint import (append_jsonl, init_run_dir, restore_checkpoint, save_checkpoint)
+from harness.checkpoint import append_jsonl, init_run_dir, restore_checkpoint, save_checkpoint
 from harness.config import flag
 from harness.data import TASKS, Codec, Example, load_datasets
 from harness.distributed import (all_gather_list, assign_micro_batches, backward,
@@ -119,18 +119,18 @@ class StopCriteria(NamedTuple):
 
     def update(self, state: DecodeState) -> None:
         """Notes which running rows end with their last token. Device work only: no row waits."""
-        row, token, t = state.row, state.token, state.t
+        row, token, drawn = state.row, state.token, state.drawn
         is_eos = (token[:, None] == self.eos).any(1)
         reason = -is_eos.long()  # -1: EOS; n: a template of n tokens; 0: none
         for template in self.templates:
             matches = (state.last[:, -len(template):] == template).all(1)
             reason = reason.masked_fill(matches, len(template))
-        ended = state.running & (state.end[row] == 0) & ((reason != 0) | (t == self.L))
-        state.end[row] = t.where(ended, state.end[row])
+        ended = state.running & (state.end[row] == 0) & ((reason != 0) | (drawn == self.L))
+        state.end[row] = drawn.where(ended, state.end[row])
         state.stop_reason[row] = reason.where(ended, state.stop_reason[row])
         # A z that L cut stops at once; after a template the answer may follow.
         no_answer = state.stop_reason[row] == 0
-        answered = t == state.end[row] + self.max_answer_tokens
+        answered = drawn == state.end[row] + self.max_answer_tokens
         state.running &= ~is_eos & ~((state.end[row] > 0) & (no_answer | answered))
 
 
@@ -140,9 +140,9 @@ def sample_rationales(policy, prompts: list[list[int]], stops: list[list[int]], 
                       max_answer_tokens: int = 0) -> list[tuple[list[int], int, int]]:
     """K continuations of each of B prompts: z ~ pi(.|x).
 
-    uniform (B K, L + max_answer_tokens) in [0, 1) drives the samples; None decodes greedily. `stops`
-    are the forms of the template. Returns for each rationale its ids, how many of them are z and
-    what ended it, and what did: n for a template of n tokens, 0 for L, -1 for EOS."""
+    uniform (B K, L + max_answer_tokens) in [0, 1) drives the samples; None decodes greedily.
+    `stops` are the forms of the template. Returns for each rationale its ids, how many of them are
+    z and what ended it, and what did: n for a template of n tokens, 0 for L, -1 for EOS."""
     device, max_tokens = policy.device, L + max_answer_tokens
     uniform = None if uniform is None else uniform.to(device)
     eos, *templates = (torch.tensor(ids, device=device) for ids in (eos, *stops))
@@ -151,8 +151,8 @@ def sample_rationales(policy, prompts: list[list[int]], stops: list[list[int]], 
     decoder = Decoder(policy, prompts, K, max_tokens)
 
     def draw(logits: Tensor) -> None:  # (rows, V)
-        u = None if uniform is None else uniform[state.row, state.t]  # (rows,)
-        state.append(inverse_cdf_sample(logits, u, temperature))
+        numbers = None if uniform is None else uniform[state.row, state.drawn]  # (rows,)
+        state.append(inverse_cdf_sample(logits, numbers, temperature))
         criteria.update(state)
 
     def step() -> None:
@@ -160,13 +160,13 @@ def sample_rationales(policy, prompts: list[list[int]], stops: list[list[int]], 
 
     run_step = CUDAGraphRunner(step) if decoder.pace.cuda_graphs else lambda shape: step()
     draw(decoder.prefill())
-    for t in range(1, max_tokens):
-        if t % decoder.pace.stop_check_every == 0:
+    for length in range(1, max_tokens):
+        if length % decoder.pace.stop_check_every == 0:
             running = int(state.running.sum())
             if running == 0:
                 break
             compact(state, decoder, running)  # drop finished rows
-        run_step(decoder.set_length(t))
+        run_step(decoder.set_length(length))
     drawn = zip(state.ids.tolist(), state.end.tolist(), state.stop_reason.tolist())
     return [([token for token in ids if token >= 0], end, reason) for ids, end, reason in drawn]
 
@@ -220,14 +220,15 @@ def rollout(policy, codec: Codec, examples: list[Example], question_ids: list[in
     batching."""
     uniform = None
     if not greedy:
-        streams = [rng_stream(args.seed, step, i) for i in question_ids]
+        streams = [rng_stream(args.seed, step, question_id) for question_id in question_ids]
         uniform = torch.tensor(np.concatenate([  # z's numbers first, whatever follows
             np.hstack([rng.random((K, args.L)), rng.random((K, max_answer_tokens))])
             for rng in streams]))
-    drawn = iter(sample_rationales(policy, [e.x for e in examples], codec.stops, codec.eos, K,
-                                   args.L, uniform, args.temperature, max_answer_tokens))
-    return [[split_rollout(codec, *next(drawn), e.answer, args.credit) for _ in range(K)]
-            for e in examples]
+    prompts = [example.x for example in examples]
+    drawn = iter(sample_rationales(policy, prompts, codec.stops, codec.eos, K, args.L, uniform,
+                                   args.temperature, max_answer_tokens))
+    return [[split_rollout(codec, *next(drawn), example.answer, args.credit) for _ in range(K)]
+            for example in examples]
 
 
 # ------------------------------------------------------------------------------ 3. question tree
@@ -240,7 +241,7 @@ class Tree(NamedTuple):
     A token attends to its prompt and, backwards, to its own branch. So one forward pass gives every
     log pi(z_k|x) and log pi(y|x+z_k), as K passes over x + z_k + y would.
 
-    T of the tokens are scored: the hidden state at sources[t] predicts targets[t]. They are in order
+    T of the tokens are scored: the hidden state at sources[t] predicts targets[t]. Their order is
     z_1 y_1 z_2 y_2 ..., where z_k includes what ended it."""
 
     ids: Tensor  # (1, S)
@@ -249,7 +250,8 @@ class Tree(NamedTuple):
     sources: Tensor  # (T,)
     targets: Tensor  # (T,)
     temperature: Tensor  # (T,): that of sampling on z, 1 on y
-    # z_start, y_start, end (N,): rationale n has z at [z_start, y_start) and y at [y_start, end) of T.
+    # z_start, y_start, end (N,): of the T, rationale n has z_start : y_start as its z and
+    # y_start : end as its y.
     spans: tuple[Tensor, Tensor, Tensor]
     truncated: Tensor  # (N,) bool
     K: int
@@ -257,7 +259,7 @@ class Tree(NamedTuple):
 
 def tree_size(example: Example, group: list[Rationale]) -> int:
     """Tokens of a question and its rationales."""
-    return len(example.x) + sum(r.context + len(r.y) - 1 for r in group)
+    return len(example.x) + sum(one.context + len(one.y) - 1 for one in group)
 
 
 def pack_tree(prompts: list[list[int]], groups: list[list[Rationale]], temperature: float,
@@ -269,18 +271,19 @@ def pack_tree(prompts: list[list[int]], groups: list[list[Rationale]], temperatu
         ids += x
         position += range(len(x))
         fork = len(ids) - 1  # the last token of x predicts the first of every branch
-        for r in group:
-            tokens = r.actions[:r.context] + r.y[:-1]  # the last token of y predicts nothing
+        for rationale in group:
+            actions, y, context = rationale.actions, rationale.y, rationale.context
+            tokens = actions[:context] + y[:-1]  # the last token of y predicts nothing
             branches.append((len(ids), len(tokens)))
             path = [fork, *range(len(ids), len(ids) + len(tokens))]
-            sources += path[:len(r.actions)] + path[r.context:]
-            targets += r.actions + r.y
-            edges += [len(targets) - len(r.y), len(targets)]
+            sources += path[:len(actions)] + path[context:]
+            targets += actions + y
+            edges += [len(targets) - len(y), len(targets)]
             ids += tokens
             position += range(len(x), len(x) + len(tokens))
     layout = build_layout(trunks, branches, position, policy)
     padding = [0] * (len(layout.inverse) - len(ids))
-    truncated = [r.truncated for group in groups for r in group]
+    truncated = [rationale.truncated for group in groups for rationale in group]
     ids, position, sources, targets, edges, truncated = (
         torch.tensor(values).to(policy.device) for values in (
             ids + padding, position + padding, sources, targets, edges, truncated))
@@ -323,8 +326,9 @@ def elbo(r: Tensor, slope: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Tensor
 
 
 def iwae(r: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for the bound log mean_k exp r_k (arXiv 2503.19618). A_k is the bound minus the bound
-    without rationale k; its softmax shares out the gradient, of which beta stays for the KL."""
+    """The same for the bound log mean_k exp r_k (arXiv 2503.19618). A_k is the bound minus the
+    bound without rationale k. The answer term goes to rationale k by its share softmax(r)_k; beta
+    times that share is left of the KL's own gradient."""
     K = r.shape[1]
     itself = torch.eye(K, device=r.device) > 0
     others = r[:, None].expand(-1, K, K).masked_fill(itself, -math.inf).logsumexp(2)
@@ -341,9 +345,9 @@ def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_star
                      penalty: Tensor | float = 0.0, total: int | None = None) -> Scores:
     """Reward, advantage and token weights of N rationales, of which each K answer one question.
 
-    logp, logp0 (T,): log-probs under the policy and under pi_0, nats; None: no KL. z_start, y_start,
-    end (N,): as Tree.spans. `penalty` (N,) is taken off the reward. `total`: rationales of the whole
-    update (default N). On CUDA kernels/rationale_score.py computes the same in one launch.
+    logp, logp0 (T,): log-probs under the policy and under pi_0, nats; None: no KL. z_start,
+    y_start, end (N,): as Tree.spans. `penalty` (N,) is taken off the reward. `total`: rationales of
+    the whole update (default N). On CUDA kernels/rationale_score.py does this in one launch.
 
     Raises ValueError for K < 2: a single rationale has no baseline."""
     if K < 2:
@@ -380,7 +384,7 @@ def score(policy, reference, examples: list[Example], groups: list[list[Rational
           given: bool = False) -> tuple[Tensor, Scores]:
     """One forward pass of the policy, and one of the reference without gradient. Returns the (T,)
     log-probs, which carry the gradient, and the Scores of N rationales. `given`: not sampled."""
-    tree = pack_tree([e.x for e in examples], groups, args.temperature, policy)
+    tree = pack_tree([example.x for example in examples], groups, args.temperature, policy)
     logp = policy.logprobs(tree)  # (T,) log pi of every token of z and y
     total = args.questions * tree.K  # N of the whole update, however it is split
     if given:
@@ -418,38 +422,42 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
     """A record for each of some questions, the same however the work is split.
 
     text, said, right: the greedy reply, its answer, whether it is correct; samples: k >= 2 replies
-    at --temperature, with the scores of training. A reply is right if z ends within L tokens and the
-    gold answer follows."""
-    max_answer_tokens = max(len(e.answer) for e in examples) + len(codec.template_after_z)
+    at --temperature, with the scores of training. A reply is right if z ends within L tokens and
+    the gold answer follows."""
+    longest = max(len(example.answer) for example in examples)
+    max_answer_tokens = longest + len(codec.template_after_z)
     # As many sequences at a time as in a rollout.
     batch_size = max(1, args.questions * args.K // processes() // k)
     mine, done = local_slice([*enumerate(examples)][which]), []
 
-    def reply(e: Example, r: Rationale) -> dict:
-        text = codec.text(r.ids)
+    def reply(example: Example, rationale: Rationale) -> dict:
+        text = codec.text(rationale.ids)
         said = answer_in(text)
-        return dict(text=text, said=said, right=same_answer(said, e.gold), actions=len(r.actions))
+        return dict(text=text, said=said, right=same_answer(said, example.gold),
+                    actions=len(rationale.actions))
 
     with unsharded(policy, reference):
-        for i in range(0, len(mine), batch_size):
-            question_ids, batch = zip(*mine[i:i + batch_size])
+        for start in range(0, len(mine), batch_size):
+            question_ids, batch = zip(*mine[start:start + batch_size])
             settings = policy, codec, batch, question_ids, 0, args
             best = rollout(*settings, 1, max_answer_tokens, greedy=True)
             drawn = rollout(*settings, k, max_answer_tokens)
-            for e, (greedy,), group in zip(batch, best, drawn):
-                [rows] = records(codec, [e], [group], *score(policy, reference, [e], [group], args))
-                done.append(dict(question=e.question, gold=e.gold, **reply(e, greedy),
-                                 samples=[row | reply(e, r) for row, r in zip(rows, group)]))
+            for example, (greedy,), group in zip(batch, best, drawn):
+                scored = score(policy, reference, [example], [group], args)
+                [rows] = records(codec, [example], [group], *scored)
+                samples = [row | reply(example, one) for row, one in zip(rows, group)]
+                done.append(dict(question=example.question, gold=example.gold,
+                                 **reply(example, greedy), samples=samples))
     return all_gather_list(done)
 
 
 def evaluate_and_log(step: int, policy, reference, codec, held_out, args: Args) -> None:
     """Logs how well the policy does on the held-out questions."""
     done = evaluate(policy, reference, codec, held_out, args)
-    greedy = float(np.mean([r["right"] for r in done]))
-    sampled = float(np.mean([s["right"] for r in done for s in r["samples"]]))
+    greedy = float(np.mean([row["right"] for row in done]))
+    sampled = float(np.mean([sample["right"] for row in done for sample in row["samples"]]))
     log(args, "evals", dict(step=step, split="held-out", n=len(done), greedy=greedy,
-                            sampled=sampled, **summary([r["samples"] for r in done])))
+                            sampled=sampled, **summary([row["samples"] for row in done])))
     log(args, "samples", dict(step=step, split="held-out", questions=done[:3]))
 
 
@@ -460,17 +468,18 @@ def log(args: Args, name: str, row: dict) -> None:
 
 def draw_batch(train_set: list[Example], step: int, args: Args) -> list[Example]:
     """The questions of an update, the same on every rank. Each epoch has its own order."""
-    n, first = len(train_set), step * args.questions
-    places = [divmod(first + i, n) for i in range(args.questions)]  # (epoch, place in it)
-    order = {e: np.random.default_rng((args.seed, e)).permutation(n) for e, _ in places}
-    return [train_set[order[e][i]] for e, i in places]
+    size, first = len(train_set), step * args.questions
+    places = [divmod(first + i, size) for i in range(args.questions)]  # (epoch, place in it)
+    order = {epoch: np.random.default_rng((args.seed, epoch)).permutation(size)
+             for epoch, _ in places}
+    return [train_set[order[epoch][place]] for epoch, place in places]
 
 
 def propose_rationales(policy, codec: Codec, examples: list[Example], step: int,
                        args: Args) -> list[list[Rationale]]:
     """Rationales of an update, [B][K], the same on every rank: sampled, or for SFT the gold one."""
     if args.objective == "sft":
-        return [[gold_rationale(codec, e.z, e.answer)] for e in examples]
+        return [[gold_rationale(codec, example.z, example.answer)] for example in examples]
     mine, question_ids = local_slice(examples), local_slice(range(len(examples)))
     with unsharded(policy):
         return all_gather_list(rollout(policy, codec, mine, question_ids, step, args, args.K))
@@ -478,8 +487,8 @@ def propose_rationales(policy, codec: Codec, examples: list[Example], step: int,
 
 def check_finite(examples: list[Example], rows: list[list[dict]], step: int, args: Args) -> None:
     """Raises UserError, on every rank, where a log-prob is not finite, and names the questions."""
-    bad = [e.place for e, group in zip(examples, rows)
-           if not all(math.isfinite(s["logp_z"] + s["logp_y"]) for s in group)]
+    bad = [example.place for example, group in zip(examples, rows)
+           if not all(math.isfinite(row["logp_z"] + row["logp_y"]) for row in group)]
     if bad:
         raise UserError(f"update {step + 1}: log-probs are not finite for {', '.join(bad[:5])};"
                         f" {args.out} keeps its last state; {DIVERGENCE_HINT}")
@@ -517,7 +526,7 @@ def train(args: Args) -> None:
 
         # Sample K rationales per question from the current policy: z ~ pi(.|x).
         with timed(seconds, "sample"):
-            groups = propose_rationales(policy, codec, examples, step + 1, args)  # [B][K], all ranks
+            groups = propose_rationales(policy, codec, examples, step + 1, args)  # [B][K]
 
         # One forward pass gives the reward and carries the gradient. This rank's micro-batches are
         # whole questions, a budget of tokens at a time.
@@ -525,15 +534,15 @@ def train(args: Args) -> None:
         for indices in micro_batches:
             batch, group = zip(*((examples[i], groups[i]) for i in indices))
             with timed(seconds, "score"):
-                # logp (T,) nats, of every token of z and y; s.reward and s.advantage (N,) nats;
-                # s.token_weights (T,): A on tokens of z, 1 on tokens of y, over N.
-                logp, s = score(policy, reference, batch, group, args, given=sft)
+                # logp (T,) nats, of every token of z and y; scores.reward and .advantage (N,) nats;
+                # scores.token_weights (T,): A on tokens of z, 1 on tokens of y, over N.
+                logp, scores = score(policy, reference, batch, group, args, given=sft)
             with timed(seconds, "backward"):
-                loss = -(s.token_weights * logp).sum()
+                loss = -(scores.token_weights * logp).sum()
                 backward(loss, policy, last=indices is micro_batches[-1])
-            rows += zip(indices, records(codec, batch, group, logp.detach(), s))
+            rows += zip(indices, records(codec, batch, group, logp.detach(), scores))
 
-        rows = [row for _, row in sorted(all_gather_list(rows), key=lambda r: r[0])]
+        rows = [row for _, row in sorted(all_gather_list(rows), key=lambda pair: pair[0])]
         check_finite(examples, rows, step, args)
         with timed(seconds, "step"):
             grad_norm, lr = optimizer_step(policy, optimizer, step, args)

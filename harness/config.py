@@ -1,4 +1,4 @@
-"""Command line from a dataclass: flags, presets by task, checks, and what a resumed run may change."""
+"""Command line from a dataclass: flags, presets by task, checks, what a resumed run may change."""
 
 import argparse
 import dataclasses

@@ -43,7 +43,7 @@ CONFIGS = {"gsm8k": "main", "arc_challenge": "ARC-Challenge"}  # names within th
 def read_rows(args, split: str) -> list[tuple[str, dict]]:
     """(place, row) of {--data}/{split}.jsonl, or of the hub's split; [] if there is none.
 
-    Raises UserError for a data set that cannot be had, a line that is not JSON, or a repeated id."""
+    Raises UserError for a data set that is not there, a line that is not JSON, or a repeated id."""
     if not Path(args.data).is_dir():
         import datasets  # only where the hub is asked
         try:

@@ -83,8 +83,8 @@ def make_micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
 
 
 def assign_micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
-    """This rank's micro-batches, as lists of indices into `sizes` (tokens). Every rank gets the same
-    number of micro-batches, of similar size."""
+    """This rank's micro-batches, as lists of indices into `sizes` (tokens). Every rank gets the
+    same number of micro-batches, of similar size."""
     W, order = processes(), sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
     return [[order[W * i + dist.get_rank()] for i in group]
             for group in make_micro_batches([sizes[i] for i in order[::W]], budget)]
@@ -98,8 +98,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def apply_fsdp(model: nn.Module, device: torch.device, dtype: torch.dtype, shard: int) -> nn.Module:
     """Moves a model to its device and dtype and shards each block over `shard` processes (0: all).
 
-    One process has nothing to shard, but FSDP2 also casts weights to the dtype that computes. RoPE's
-    frequencies, which are buffers, stay float32."""
+    One process has nothing to shard, but FSDP2 also casts weights to the dtype that computes.
+    RoPE's frequencies, which are buffers, stay float32."""
     W, computing = processes(), compute_dtype(device)
     sizes = (W // shard, shard) if 0 < shard < W else (W,)
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard")[-len(sizes):])
@@ -141,7 +141,7 @@ def backward(loss: Tensor, policy: nn.Module, last: bool = True) -> None:
 
 
 def catch_stop_signals() -> list[int]:
-    """A list that fills when SIGTERM or Ctrl-C arrives. A second signal ends the process at once."""
+    """A list that fills when SIGTERM or Ctrl-C arrives. A second one ends the process at once."""
     received = []
 
     def receive(number: int, _) -> None:

@@ -53,7 +53,7 @@ def is_peer_failure(e: RuntimeError) -> bool:
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the time inside to seconds[phase]. Out of GPU memory names the phase and what to lower."""
+    """Adds the time inside to seconds[phase]. Out of memory, names the phase and what to lower."""
     start = time.perf_counter()
     try:
         yield

@@ -18,7 +18,7 @@ from .answers import flexible
 
 def records(codec, examples: list, groups: list[list], logp: Tensor,
             scores: Scores) -> list[list[dict]]:
-    """A record for each rationale of each question: its text z, log-probs in nats, lengths in tokens.
+    """A record for each rationale of each question: text z, log-probs in nats, lengths in tokens.
 
     template, answer, end: log-probs of these parts of what follows z. reaches: z alone leads to the
     gold answer. logp (T,) are the log-probs behind `scores`."""

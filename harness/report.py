@@ -1,4 +1,4 @@
-"""Results as a reader sees them: before and after a run, tables, replies side by side, an HTML page.
+"""Results for a reader: before and after a run, tables, replies side by side, an HTML page.
 
 found: by row of the table, dict(columns=, gain=, mcnemar=) as eval.results makes it; rows: by row
 of the table, the records of latro.evaluate.

@@ -62,7 +62,8 @@ def majority_curve(forms: Sequence[Hashable], right: Sequence[bool],
     k times. k = 1 is exactly the accuracy of a sample, k = K exactly maj@K."""
     K, ring = len(forms), [*order * 2]
     first = {form: forms.index(form) for form in forms}
-    ballot = [None if form == "" else first[form] for form in forms]  # small numbers: quick to count
+    # Small numbers instead of forms are quick to count.
+    ballot = [None if form == "" else first[form] for form in forms]
 
     def wins(start: int, k: int) -> bool:
         subset = sorted(ring[start:start + k])  # in the order given: the first of a tie wins

@@ -1,7 +1,9 @@
-"""What is there for speed: fused operations in Triton, attention over the question tree, the decoder.
+"""What is there for speed: fused operations, attention over the question tree, the decoder.
 
-    token_logprobs     log-probs of given tokens; defined in reference.py, fused in token_logprob.py
-    score_rationales   reward, advantage, token weights; defined in latro.py, fused in rationale_score.py
+    token_logprobs     log-probs of given tokens; defined in reference.py, in Triton in
+                       token_logprob.py
+    score_rationales   reward, advantage, token weights; defined in latro.py, in Triton in
+                       rationale_score.py
 
 `use` switches between the definition and the fused kernel; the default takes the kernel on a GPU.
 
@@ -51,7 +53,7 @@ def dispatcher(name: str, module: str):
             fused = import_module(f".{module}", __name__)  # late: Triton is slow to import
             return getattr(fused, name)(tensor, *args, **options)
         if name not in DEFINITIONS:
-            raise RuntimeError(f"{name} is defined in latro.py: import latro to run it without a GPU")
+            raise RuntimeError(f"{name} is defined in latro.py: import latro to run it on a CPU")
         return DEFINITIONS[name](tensor, *args, **options)
     return call
 

@@ -45,8 +45,9 @@ def causal_mask(query: Tensor, key: Tensor, window: float) -> Tensor:
 def additive_mask(allowed: Tensor, like: Tensor, config) -> Tensor:
     """(B, 1, Q, S) bool -> what is added to the logits, in the dtype of `like`: 0 or -inf.
 
-    The shape is (B, 1, heads / groups * Q, S), as grouped_attention folds the queries, or broadcasts
-    if Q is 1. Made once per forward pass; SDPA would convert a bool mask in every layer."""
+    The shape is (B, 1, heads / groups * Q, S), as grouped_attention folds the queries; it
+    broadcasts if Q is 1. Made once per forward pass: SDPA would convert a bool mask in every
+    layer."""
     added = torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, -math.inf)
     heads = config.num_attention_heads // config.num_key_value_heads
     return added.repeat(1, 1, heads, 1) if allowed.shape[2] > 1 else added
@@ -99,8 +100,8 @@ def build_layout(prompts: list[tuple[int, int]], branches: list[tuple[int, int]]
 
 
 class Permute(torch.autograd.Function):
-    """x[perm]. Its gradient is g[inverse], a gather; autograd's own would be a scatter that sorts or
-    adds in any order. Slots of the padding token carry no gradient."""
+    """x[perm]. Its gradient is g[inverse], a gather; autograd's own would be a scatter, which sorts
+    or adds in any order. Slots of the padding token carry no gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, perm: Tensor, inverse: Tensor) -> Tensor:

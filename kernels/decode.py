@@ -35,8 +35,8 @@ PACES = dict(cpu=Pace(1, 1, False), cuda=Pace(16, 128, True))
 class KVCache:
     """All that transformers' layers ask of a cache when masks and positions are given.
 
-    One buffer of keys and one of values per layer, allocated once. While `rows` is None it holds the
-    prompts' own keys and values."""
+    One buffer of keys and one of values per layer, allocated once. While `rows` is None it holds
+    the prompts' own keys and values."""
 
     def __init__(self):
         self.layers, self.rows = {}, None
@@ -112,10 +112,10 @@ class Decoder:
         self.end += 1
         return logits
 
-    def set_length(self, t: int) -> tuple[int, int]:
-        """Makes the cache visible up to t tokens after the prompts. Returns (rows, width), which
-        change seldom: a captured step is valid while they stay the same."""
-        self.cache.width = self.pace.round_up(self.P + t)
+    def set_length(self, tokens: int) -> tuple[int, int]:
+        """Makes the cache visible up to so many tokens after the prompts. Returns (rows, width),
+        which change seldom: a captured step is valid while they stay the same."""
+        self.cache.width = self.pace.round_up(self.P + tokens)
         return self.cache.rows, self.cache.width
 
     def select_rows(self, rows: Tensor) -> None:
@@ -132,7 +132,7 @@ class DecodeState:
         self.ids = torch.full((N, max_tokens), -1, device=device)
         # Tokens of z and of what ended it, and what that was; 0 while z goes on.
         self.end, self.stop_reason = torch.zeros(2, N, dtype=torch.long, device=device)
-        self.t = torch.zeros(1, dtype=torch.long, device=device)  # tokens drawn so far
+        self.drawn = torch.zeros(1, dtype=torch.long, device=device)  # tokens drawn so far
         # Of the rows that still decode: which they are, their last token and tokens, and whether
         # they are running.
         self.row, self.token = torch.arange(N, device=device), self.end.clone()
@@ -141,10 +141,10 @@ class DecodeState:
 
     def append(self, token: Tensor) -> None:
         """Writes a token (rows,) to each running row."""
-        self.ids[self.row, self.t] = token.masked_fill(~self.running, -1)
+        self.ids[self.row, self.drawn] = token.masked_fill(~self.running, -1)
         self.last.copy_(torch.cat([self.last[:, 1:], token[:, None]], 1))
         self.token.copy_(token)
-        self.t += 1
+        self.drawn += 1
 
     def select_rows(self, rows: Tensor) -> None:
         for name in ("row", "token", "last", "running"):

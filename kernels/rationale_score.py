@@ -1,4 +1,4 @@
-"""Rewards of packed rationales in one launch: sums, reward, advantage, and the weight of each token.
+"""Rewards of packed rationales in one launch: sums, reward, advantage, weight of each token.
 
 One program a question. Its K rationales are rows of a [K, BLOCK] tile that walks along all of them
 at once, each from its own offset, with the sums kept in registers; then K rewards make K advantages
