@@ -263,15 +263,16 @@ def pretrain(tokenizer, seed):
 # ---- profile
 
 def kind_of(rationale, answer, chain):
-    """The kind of a sampled rationale, told by the number of operators in each equation."""
+    """The kind of a sampled rationale, told by the number of operators in each equation; "other":
+    no answer, or more operations than the question has."""
     equations = re.findall(r"((?: \d+ [-+x/])+) \d+ = \d+", rationale)
     counts = [len(re.findall("[-+x/]", terms)) for terms in equations]
     operations = len(chain.split()) // 2
     if answer is None or sum(counts) > operations:
         return "other"
     if sum(counts) == operations:
-        return "all steps" if max(counts) == 1 else "merged"
-    return "partial" if counts else "direct"
+        return "careful" if max(counts) == 1 else "terse"
+    return "hasty" if counts else "direct"
 
 
 @torch.no_grad()
@@ -321,7 +322,7 @@ def profile(directory, k=8, batch=50):
           f"T = 1 {fmean(right for _, right, _, _ in samples):.3f}, maj@{k} {fmean(vote):.3f}, "
           f"rationale {fmean(len(tokenizer.encode(z)) for *_, z in samples):.1f} tokens")
     print("kind        share  right  log p(y|x,z)")
-    for kind in ["all steps", "merged", "partial", "direct", "other"]:
+    for kind in ["careful", "terse", "hasty", "direct", "other"]:
         these = [sample for sample in samples if sample[0] == kind]
         if these:
             _, right, scores, _ = zip(*these)
