@@ -150,7 +150,8 @@ def sample_rationales(policy, prompts: list[list[int]], stops: list[list[int]], 
     state = DecodeState(len(prompts) * K, max_tokens, max(map(len, [eos, *templates])), device)
     decoder = Decoder(policy, prompts, K, max_tokens)
 
-    def draw(logits: Tensor) -> None:  # (rows, V)
+    def draw(logits: Tensor) -> None:
+        """A token for each row from its logits (rows, V); notes which rows have ended."""
         numbers = None if uniform is None else uniform[state.row, state.drawn]  # (rows,)
         state.append(inverse_cdf_sample(logits, numbers, temperature))
         criteria.update(state)
@@ -159,9 +160,9 @@ def sample_rationales(policy, prompts: list[list[int]], stops: list[list[int]], 
         draw(decoder.decode_step(state.token))
 
     run_step = CUDAGraphRunner(step) if decoder.pace.cuda_graphs else lambda shape: step()
-    draw(decoder.prefill())
+    draw(decoder.prefill())  # each prompt once; the first token of all B K rows
     for length in range(1, max_tokens):
-        if length % decoder.pace.stop_check_every == 0:
+        if length % decoder.pace.stop_check_every == 0:  # the host waits here, and only here
             running = int(state.running.sum())
             if running == 0:
                 break

@@ -1,17 +1,19 @@
-"""What a run needs, from the shapes of a model alone: memory at each moment, arithmetic, seconds.
+"""Memory, arithmetic and time of a run, from the shapes of a model alone: the table of --plan.
 
-On each of W GPUs: weights, gradients and Adam's moments in float32, their rows split over `group`
-GPUs; bfloat16 for what computes, gathered a block at a time, or all at once in order to sample.
+Each GPU keeps its shard of the weights, gradients and Adam's moments in float32. It computes in
+bfloat16, with weights that are gathered a block at a time, or all at once for sampling. The peak is
+in one of these phases:
 
-    sample     the policy gathered, the cache, logits while tokens are drawn
-    head       the backward pass of the log-probs: all that was kept is still there
-    layer      that of the last block, computed once more beside what the others keep
-    reduce     the end of the backward pass: whole gradients of embedding and head, in float32
-    evaluate   as sample, with the reference gathered as well
+    sample     the whole policy is gathered; the KV cache; logits of the tokens that are drawn
+    head       backward pass through the log-probs: every saved activation is still there
+    layer      backward pass through the last block: its activations, recomputed if checkpointing
+               is on, and the saved ones of the other blocks
+    reduce     end of the backward pass: whole gradients of embedding and head, in float32
+    evaluate   as sample, with the reference gathered too
 
-Weights, gradients, Adam, reference and cache are exact; activations and log-probs are what each
-operation keeps for its gradient. Not counted: CUDA's context, NCCL's buffers, the allocator's gaps.
-A card holds some 6 % more than its name says, which must do for these.
+Weights, gradients, Adam, reference and cache are exact. Activations and log-probs are what each
+operation saves for its gradient. Not counted: the CUDA context, NCCL's buffers, fragmentation. A
+card has about 6 % more memory than its name says, and that margin has to cover them.
 """
 
 import dataclasses
@@ -22,171 +24,226 @@ import torch
 from kernels.decode import PACES
 
 CARDS = 16, 24, 40, 48, 80, 96, 141, 192  # GB
-FLOPS, BANDWIDTH, SHARE = 989e12, 3.35e12, 0.4  # an H100's, bfloat16; the share of both assumed
-NVLINK, NETWORK = 450e9, 50e9  # bytes a second that a GPU receives in a node, and from others
-DZ = 2**28  # DZ_BYTES of token_logprob.py, which cannot be imported without Triton
+H100_FLOPS, H100_BANDWIDTH = 989e12, 3.35e12  # bfloat16 operations and bytes per second
+UTILIZATION = 0.4  # the share of both that is reached: assumed
+NVLINK, NETWORK = 450e9, 50e9  # bytes per second that a GPU receives in its node, and from others
+DZ_BYTES = 2**28  # as in kernels/token_logprob.py, which cannot be imported without Triton
 
 
 class Shape:
-    """Sizes of a model and of a run on W GPUs, in numbers (not bytes).
+    """Sizes of a model, of a run on W GPUs, and of one question tree: counts, not bytes."""
 
-    x, y: tokens of a prompt, and of an answer with its template."""
-
-    def __init__(self, config, args, W: int, x: int = 256, y: int = 16):
+    def __init__(self, config, args, W: int, prompt_tokens: int = 256, answer_tokens: int = 16):
+        """`answer_tokens` includes the template."""
         from transformers import AutoModelForCausalLM  # late: it is slow to import
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        self.parameters, block = [*model.parameters()], model.model.layers[0]
-        self.n, self.block = (sum(p.numel() for p in m.parameters()) for m in (model, block))
+        block = model.model.layers[0]
+
+        # The model.
+        self.weights = [*model.parameters()]
+        self.parameters = sum(w.numel() for w in self.weights)
+        self.block_parameters = sum(w.numel() for w in block.parameters())
+        self.layers = config.num_hidden_layers
+        self.root_parameters = self.parameters - self.layers * self.block_parameters
         self.V, self.D = model.get_output_embeddings().weight.shape
-        self.mlp, self.layers = config.intermediate_size, config.num_hidden_layers
-        self.root = self.n - self.layers * self.block  # embedding, head, last norm
-        self.width = getattr(config, "head_dim", None) or self.D // config.num_attention_heads
-        self.H, self.G = (self.width * heads for heads in (  # of all queries, of all keys
-            config.num_attention_heads, config.num_key_value_heads))
-        self.normed = self.H + self.G if hasattr(block.self_attn, "q_norm") else 0
-        self.W, self.group, self.questions = W, args.shard or W, args.questions // W
-        self.rows = self.questions * args.K
-        self.K = args.K if args.objective == "latro" else 1  # of an update's tree
-        self.x, self.y, self.L, self.T = x, y, args.L, self.K * (args.L + y)
-        self.S = x + self.T - self.K + 1  # the last token of y predicts nothing; one for padding
-        self.trees = max(1, min(self.questions, args.micro / self.S))  # of a forward pass
-        self.places = x + self.T  # of a tree's tokens, trunk and branches in rows of their own
-        self.seen = x + self.K * x + self.T  # by those rows: each branch sees the trunk as well
-        self.pairs = x * x + self.T * (x + args.L + y)  # of places and what they could see
-        self.reference = args.objective == "latro" and args.beta > 0
+        self.mlp_width = config.intermediate_size
+        self.head_width = (getattr(config, "head_dim", None)
+                           or self.D // config.num_attention_heads)
+        self.query_width = self.head_width * config.num_attention_heads
+        self.key_width = self.head_width * config.num_key_value_heads
+        has_qk_norm = hasattr(block.self_attn, "q_norm")
+        self.qk_norm_width = self.query_width + self.key_width if has_qk_norm else 0
+
+        # The run. `shard` GPUs share one copy of the weights.
+        self.W, self.shard = W, args.shard or W
+        self.questions = args.questions // W  # per GPU and update
+        self.rollout_rows = self.questions * args.K
+        self.sampled = args.objective == "latro"
+        self.has_reference = self.sampled and args.beta > 0
         self.checkpointing = bool(args.checkpointing)
 
-    def held(self) -> int:
-        """Parameters that a GPU keeps: FSDP2 gives each an equal number of rows, rounded up."""
-        return sum(-(-len(p) // self.group) * p[0].numel() for p in self.parameters)
+        # One question tree: S tokens, of which T are scored.
+        self.K = args.K if self.sampled else 1
+        self.prompt_tokens, self.L, self.answer_tokens = prompt_tokens, args.L, answer_tokens
+        self.T = self.K * (args.L + answer_tokens)
+        self.S = prompt_tokens + self.T - self.K + 1  # no last token of y; one token of padding
+        self.trees_per_pass = max(1, min(self.questions, args.micro / self.S))
+        # Attention computes the prompt and each branch in rows of their own. Each branch also
+        # attends to a copy of the prompt's keys.
+        self.query_slots = prompt_tokens + self.T
+        self.key_slots = prompt_tokens + self.K * prompt_tokens + self.T
+        self.attention_pairs = (prompt_tokens * prompt_tokens
+                                + self.T * (prompt_tokens + args.L + answer_tokens))
 
-    def block_bytes(self, e: int) -> int:
-        """What the gradient of a block needs of a tree; e: bytes of a number.
+    def parameters_per_gpu(self) -> int:
+        """Parameters in a GPU's shard: FSDP2 gives each an equal number of rows, rounded up."""
+        return sum(-(-len(w) // self.shard) * w[0].numel() for w in self.weights)
 
-        A norm keeps its input in float32, it normalised, and what it returns; attention q, k and v
-        of the rows, and what it returns, moved back too; the MLP gate, its SiLU, up, and their
-        product."""
-        norms = 2 * self.D * (4 + 2 * e) + self.normed * (4 + e)
-        rows = 2 * self.places * (self.H + self.G) + 2 * self.seen * self.G
-        return self.S * (norms + e * (self.H + 4 * self.mlp)) + e * rows
+    def block_bytes(self, itemsize: int) -> int:
+        """Bytes that one block saves of a tree for its gradient. `itemsize`: bytes of a number.
 
-    def cache(self, tokens: float, e: int = 2) -> float:
-        """Bytes of the keys and values of all rows of a rollout, of so many tokens each."""
-        return self.rows * tokens * self.layers * 2 * self.G * e
+        A norm saves its input in float32, the normalized input, and its output. Attention saves q,
+        k and v in rows, and its output both in rows and in the tree's order. The MLP saves the
+        gate, its SiLU, the up projection, and their product."""
+        norms = 2 * self.D * (4 + 2 * itemsize) + self.qk_norm_width * (4 + itemsize)
+        in_rows = (2 * self.query_slots * (self.query_width + self.key_width)
+                   + 2 * self.key_slots * self.key_width)
+        per_token = norms + itemsize * (self.query_width + 4 * self.mlp_width)
+        return self.S * per_token + itemsize * in_rows
+
+    def cache_bytes(self, tokens: float, itemsize: int = 2) -> float:
+        """Bytes of the keys and values of all rows of a rollout, `tokens` in each row."""
+        return self.rollout_rows * tokens * self.layers * 2 * self.key_width * itemsize
 
 
-def memory_phases(s: Shape, e: int = 2) -> dict[str, dict[str, float]]:
-    """Bytes on a GPU at the memory_phases that can be its peak, by what holds them; e: bytes of a number
-    that is computed with."""
-    both = 2 if s.reference and s.W > 1 else 1  # the reference is gathered too, if it is split
-    rest = dict(weights=4 * s.held(), Adam=8 * s.held() + 4 * len(s.parameters))
-    rest |= dict(reference=e * s.held()) if s.reference else {}
+def memory_phases(s: Shape, itemsize: int = 2) -> dict[str, dict[str, float]]:
+    """Bytes on one GPU, by phase and by what holds them. `itemsize`: bytes of a number in forward
+    and backward passes."""
+    shard = s.parameters_per_gpu()
+    resident = dict(weights=4 * shard, Adam=8 * shard + 4 * len(s.weights))
+    if s.has_reference:
+        resident |= dict(reference=itemsize * shard)
+    with_gradients = resident | dict(gradients=4 * shard)
+    # With several micro-batches, the earlier ones have left gradients.
+    during_backward = with_gradients if s.trees_per_pass < s.questions else resident
+    gathered_models = 2 if s.has_reference and s.W > 1 else 1  # a sharded reference counts too
 
-    def rollout(gathered: int, tokens: int) -> dict[str, float]:
-        more = 1 + 1 / (4 * s.layers)  # keys, or values, of half of the rows move at a time
-        cache = s.cache(PACES["cuda"].round_up(tokens), e) * more
-        return rest | dict(gathered=e * gathered, cache=cache,
-                           logits=24 * s.rows * s.V)  # logits, p and one between, and recorded
-    kept = s.layers * (e * s.S * s.D if s.checkpointing else s.block_bytes(e))
-    masks = s.pairs * (1 + e * s.H // s.G)  # as bool, and as numbers for heads that share keys
-    kept = s.trees * (kept + masks + s.S * 2 * e * s.width)  # cosines and sines
-    again = s.checkpointing * s.block_bytes(e) + e * s.S * (s.D + 2 * s.mlp)
-    T, root, dW = s.trees * s.T, e * s.root * both, e * s.V * s.D
-    known = rest | dict(gradients=4 * s.held())
-    earlier = known if s.trees < s.questions else rest  # gradients of passes before the last
+    def rollout(gathered_parameters: int, tokens: int) -> dict[str, float]:
+        # Dropping finished rows copies the keys, or the values, of half of the rows of one layer.
+        copied = 1 + 1 / (4 * s.layers)
+        cache = s.cache_bytes(PACES["cuda"].round_up(tokens), itemsize) * copied
+        # Float32 logits, probabilities and one intermediate, each also in a captured graph.
+        logits = 24 * s.rollout_rows * s.V
+        return resident | dict(gathered=itemsize * gathered_parameters, cache=cache, logits=logits)
+
+    # What a forward pass saves. Masks: as bool, and additive for each head that shares keys.
+    saved = s.layers * (itemsize * s.S * s.D if s.checkpointing else s.block_bytes(itemsize))
+    masks = s.attention_pairs * (1 + itemsize * s.query_width // s.key_width)
+    rope = s.S * 2 * itemsize * s.head_width  # cosines and sines
+    saved = s.trees_per_pass * (saved + masks + rope)
+
+    recomputed = s.checkpointing * s.block_bytes(itemsize)
+    block_gradients = itemsize * s.S * (s.D + 2 * s.mlp_width)
+    root = itemsize * s.root_parameters * gathered_models
+    scored = s.trees_per_pass * s.T
+    head_gradient = itemsize * s.V * s.D
+    hidden = s.trees_per_pass * s.S * s.D * (4 + 2 * itemsize)
+    logprobs = (head_gradient + scored * s.D * (2 * itemsize + 4)
+                + min(DZ_BYTES, itemsize * scored * s.V))
     return dict(
-        sample=rollout(s.n, s.x + s.L),
-        head=earlier | dict(gathered=root, activations=kept + s.trees * s.S * s.D * (4 + 2 * e),
-                          logprobs=dW + T * s.D * (2 * e + 4) + min(DZ, e * T * s.V)),
-        layer=earlier | dict(gathered=root + dW + (3 * e + 4) * s.block,
-                           activations=kept + s.trees * again),
-        reduce=known | dict(gathered=root + (e + 4) * s.root),
-        evaluate=rollout(s.n * both, s.x + s.L + s.y))
+        sample=rollout(s.parameters, s.prompt_tokens + s.L),
+        head=during_backward | dict(gathered=root, activations=saved + hidden, logprobs=logprobs),
+        layer=during_backward | dict(
+            gathered=root + head_gradient + (3 * itemsize + 4) * s.block_parameters,
+            activations=saved + s.trees_per_pass * (recomputed + block_gradients)),
+        reduce=with_gradients | dict(gathered=root + (itemsize + 4) * s.root_parameters),
+        evaluate=rollout(s.parameters * gathered_models,
+                         s.prompt_tokens + s.L + s.answer_tokens))
 
 
 def flops(s: Shape) -> float:
-    """Of an update's forward and backward passes, on all GPUs."""
-    passes = 3 + s.checkpointing + s.reference  # a backward pass costs two forward ones
-    blocks = 2 * s.S * s.layers * s.block + 4 * s.pairs * s.H * s.layers
-    spared = s.checkpointing * 2 * s.S * s.layers * s.mlp * s.D  # a block's last product
-    head = 2 * s.T * s.V * s.D * (4 + s.reference)  # of which its backward pass is 3
-    return s.W * s.questions * (passes * blocks - spared + head)
+    """Floating-point operations of an update's forward and backward passes, on all GPUs."""
+    passes = 3 + s.checkpointing + s.has_reference  # a backward pass costs as much as two forward
+    blocks = (2 * s.S * s.layers * s.block_parameters
+              + 4 * s.attention_pairs * s.query_width * s.layers)
+    # Recomputing a block stops before its last product, which no gradient needs.
+    not_recomputed = s.checkpointing * 2 * s.S * s.layers * s.mlp_width * s.D
+    head = 2 * s.T * s.V * s.D * (4 + s.has_reference)  # of which its backward pass is 3
+    return s.W * s.questions * (passes * blocks - not_recomputed + head)
 
 
 def seconds(s: Shape) -> tuple[float, float]:
-    """Of sampling, which reads weights and cache once a token, and of the rest of an update, at
-    SHARE of BANDWIDTH and of FLOPS."""
-    read = s.L * (2 * s.n + s.cache(s.x + s.L / 2)) if s.K > 1 else 0
-    return read / (SHARE * BANDWIDTH), flops(s) / (s.W * SHARE * FLOPS)
+    """Seconds to sample, and seconds for the rest of an update, at UTILIZATION of an H100.
+
+    Sampling reads the weights and the cache once per token; the rest is bound by arithmetic."""
+    cache = s.cache_bytes(s.prompt_tokens + s.L / 2)
+    bytes_read = s.L * (2 * s.parameters + cache) if s.sampled else 0
+    return (bytes_read / (UTILIZATION * H100_BANDWIDTH),
+            flops(s) / (s.W * UTILIZATION * H100_FLOPS))
 
 
-def bytes_received(s: Shape, e: int = 2) -> tuple[float, float]:
-    """Bytes that a GPU receives in an update: from the `group` that it shares the weights with, and
-    from other copies. A ring passes on (n - 1) / n of what is gathered or scattered, and twice that
-    of what is summed.
+def bytes_received(s: Shape, itemsize: int = 2) -> tuple[float, float]:
+    """Bytes that a GPU receives in an update: from the GPUs of its own copy of the weights, and
+    from the other copies.
 
-    To sample, the policy is gathered once; in each pass embedding and head once, blocks for the
-    forward and for the backward pass, the reference's for its own; gradients in float32 are
-    scattered in each pass, and summed over copies in the last."""
-    passes, copies = -(-s.questions // int(s.trees)), s.W // s.group
-    gathered = s.n * (s.K > 1) + passes * (s.root + (2 + s.reference) * s.layers * s.block)
-    inside = (e * gathered + 4 * passes * s.n) * (s.group - 1) / s.group
-    return inside, 4 * s.n / s.group * 2 * (copies - 1) / copies
+    A ring of n passes on (n - 1) / n of what is gathered or scattered, and twice that of what is
+    summed. Gathered: the policy once for sampling; embedding and head once per micro-batch; blocks
+    for the forward pass, the backward pass, and the reference's forward pass. Gradients in float32
+    are scattered in each micro-batch and summed over copies in the last."""
+    micro_batches, copies = -(-s.questions // int(s.trees_per_pass)), s.W // s.shard
+    blocks = (2 + s.has_reference) * s.layers * s.block_parameters
+    gathered = s.parameters * s.sampled + micro_batches * (s.root_parameters + blocks)
+    scattered = 4 * micro_batches * s.parameters
+    from_shards = (itemsize * gathered + scattered) * (s.shard - 1) / s.shard
+    return from_shards, 4 * s.parameters / s.shard * 2 * (copies - 1) / copies
 
 
-def fit_to_memory(config, args, W: int, memory: float,
-           e: int = 2) -> tuple[Shape, dict[str, dict[str, float]]]:
-    """Shape and memory_phases of a run; activations are computed again in the backward pass if args say
-    so, or say nothing and a device of so many bytes would not hold them all."""
-    for again in (False, True) if args.checkpointing is None else (args.checkpointing,):
-        s = Shape(config, dataclasses.replace(args, checkpointing=again), W)
-        table = memory_phases(s, e)
-        if peak_bytes(table) <= memory:
+def fit_to_memory(config, args, W: int, available: float,
+                  itemsize: int = 2) -> tuple[Shape, dict[str, dict[str, float]]]:
+    """Shape and memory_phases of a run on devices with `available` bytes each. Unless the flag
+    --checkpointing decides, activations are recomputed only if they would not fit otherwise."""
+    for checkpointing in (False, True) if args.checkpointing is None else (args.checkpointing,):
+        s = Shape(config, dataclasses.replace(args, checkpointing=checkpointing), W)
+        table = memory_phases(s, itemsize)
+        if peak_bytes(table) <= available:
             break
     return s, table
 
 
 def peak_bytes(table: dict[str, dict[str, float]]) -> float:
-    """Bytes."""
-    return max(sum(held.values()) for held in table.values())
+    """Bytes of the largest phase."""
+    return max(sum(parts.values()) for parts in table.values())
 
 
 def needs_activation_checkpointing(config, args, W: int, device: torch.device) -> bool:
-    """Whether a run on W such devices has to compute its activations again. On a CPU all processes
-    are taken to share one host, and half of its memory to be theirs."""
+    """Whether a run on W such devices has to recompute activations. On a CPU, all processes are
+    assumed to share one host and half of its memory."""
     if device.type == "cuda":
-        memory, e = torch.cuda.get_device_properties(device).total_memory / 1.06, 2
+        available, itemsize = torch.cuda.get_device_properties(device).total_memory / 1.06, 2
     else:
-        memory, e = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / W, 4
-    return fit_to_memory(config, args, W, memory, e)[0].checkpointing
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available, itemsize = host / 2 / W, 4
+    return fit_to_memory(config, args, W, available, itemsize)[0].checkpointing
 
 
 def plan(config, args, W: int) -> str:
     """The table of --plan: GB (1e9 bytes) on each of W GPUs, the card that holds them, seconds."""
     for card in CARDS:
         s, table = fit_to_memory(config, args, W, 1e9 * card)
-        if fits := peak_bytes(table) <= 1e9 * card:
+        fits = peak_bytes(table) <= 1e9 * card
+        if fits:
             break
     verdict = (f"a card of {card} GB holds it" if fits else f"no card of {card} GB holds it: more"
                " GPUs, or lower --K, --L or --micro")
-    updates, total = W * s.questions * s.K, [sum(held.values()) / 1e9 for held in table.values()]
+    rationales = W * s.questions * s.K
+    total = [sum(parts.values()) / 1e9 for parts in table.values()]
 
     def row(name: str, cells) -> str:
         return f"{name:12}" + "".join(f"{'-' if c is None else f'{c:.2f}':>10}" for c in cells)
-    parts = dict.fromkeys(part for held in table.values() for part in held)
-    (drawn, rest), (inside, across) = seconds(s), bytes_received(s)
-    return "\n".join([
-        f"{s.n / 1e9:.2f} B parameters; GPUs: {W}, each with {s.questions} questions of {s.x}"
-        f" tokens x {s.K} rationales of {s.L}; with{'out' * (not s.checkpointing)} checkpointing",
-        f"{'GB a GPU':12}" + "".join(f"{moment:>10}" for moment in table),
-        *(row(p, (h[p] / 1e9 if p in h else None for h in table.values())) for p in parts),
-        row("total", total), f"{max(total):.1f} GB at the peak: {verdict}",
-        f"an update: {updates * s.L} tokens to sample, {updates * (s.L + s.y)} to score,"
-        f" {flops(s) / 1e15:.3g} PFLOP; {drawn:.3g} s to sample and {rest:.3g} s for the rest",
-        f"if {SHARE:.0%} (assumed) of an H100's {FLOPS / 1e12:.0f} TFLOP/s and"
-        f" {BANDWIDTH / 1e12} TB/s are reached", *([
-            f"it receives {inside / 1e9:.3g} GB from the {s.group} GPUs that share the weights:"
-            f" {inside / NVLINK:.3g} s over NVLink, {inside / NETWORK:.3g} s over 400 Gb/s",
-            f"and {across / 1e9:.3g} GB from other copies: {across / NETWORK:.3g} s over 400 Gb/s",
-        ] if W > 1 else [])])
+
+    names = dict.fromkeys(name for parts in table.values() for name in parts)
+    sample_seconds, other_seconds = seconds(s)
+    without = "without" if not s.checkpointing else "with"
+    lines = [
+        f"{s.parameters / 1e9:.2f} B parameters; GPUs: {W}, each with {s.questions} questions of"
+        f" {s.prompt_tokens} tokens x {s.K} rationales of {s.L}; {without} checkpointing",
+        f"{'GB a GPU':12}" + "".join(f"{phase:>10}" for phase in table),
+        *(row(name, (parts[name] / 1e9 if name in parts else None for parts in table.values()))
+          for name in names),
+        row("total", total),
+        f"{max(total):.1f} GB at the peak: {verdict}",
+        f"an update: {rationales * s.L} tokens to sample,"
+        f" {rationales * (s.L + s.answer_tokens)} to score, {flops(s) / 1e15:.3g} PFLOP;"
+        f" {sample_seconds:.3g} s to sample and {other_seconds:.3g} s for the rest",
+        f"if {UTILIZATION:.0%} (assumed) of an H100's {H100_FLOPS / 1e12:.0f} TFLOP/s and"
+        f" {H100_BANDWIDTH / 1e12} TB/s are reached"]
+    if W > 1:
+        from_shards, from_copies = bytes_received(s)
+        lines += [
+            f"it receives {from_shards / 1e9:.3g} GB from the {s.shard} GPUs that share the"
+            f" weights: {from_shards / NVLINK:.3g} s over NVLink,"
+            f" {from_shards / NETWORK:.3g} s over 400 Gb/s",
+            f"and {from_copies / 1e9:.3g} GB from other copies:"
+            f" {from_copies / NETWORK:.3g} s over 400 Gb/s"]
+    return "\n".join(lines)

@@ -21,7 +21,7 @@ def records(codec, examples: list, groups: list[list], logp: Tensor,
     """A record for each rationale of each question: text z, log-probs in nats, lengths in tokens.
 
     template, answer, end: log-probs of these parts of what follows z. reaches: z alone leads to the
-    gold answer. logp (T,) are the log-probs behind `scores`."""
+    gold answer. logp (T,): the log-probs that gave `scores`."""
     sums = {k: v.tolist() for k, v in scores._asdict().items()
             if k != "token_weights" and v is not None}
     sums = iter([dict(zip(sums, row)) for row in zip(*sums.values())])
