@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from .. import Problem
+from harness.errors import UserError
+
 from .loops import decode, measured, measured_apart, rollout, update
 from .operations import MODELS, logprob, sample, score, tune
 from .timing import bars, device, draw, measure, table
@@ -33,7 +34,7 @@ LOOPS = "decode", "rollout", "update"
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise Problem(message)
+        raise UserError(message)
 
 
 def count(text: str) -> int:
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[dict]:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise Problem(f"--out {args.out}: {e.strerror}; name a directory to write to") from None
+        raise UserError(f"--out {args.out}: {e.strerror}; name a directory to write to") from None
     facts = ", ".join(f"{k} {v}" for k, v in about.items())
     text = f"{' '.join(tasks.__doc__.split())}\n\n{facts}\n\n"
     once = measure
@@ -120,9 +121,9 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, "plot", False):
             (bars if args.command in LOOPS else draw)(rows, args.out / f"{args.command}.png")
         if wrong := [row for row in rows if str(row["note"]).startswith("wrong")]:
-            raise Problem(f"{wrong[0]['candidate']} is {wrong[0]['note']}; see {args.out}")
+            raise UserError(f"{wrong[0]['candidate']} is {wrong[0]['note']}; see {args.out}")
         return 0
-    except Problem as e:
+    except UserError as e:
         why = e
     except torch.OutOfMemoryError:
         why = ("not even the inputs fit into GPU memory: choose smaller --models, or lower"

@@ -14,11 +14,12 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-import latro
+from harness import distributed
+from harness.errors import UserError
+from harness.memory import H100_FLOPS
+from kernels.decode import CUDAGraphRunner, Decoder
+from kernels.reference import inverse_cdf_sample
 
-from .. import Problem, pick_tokens
-from ..planner import FLOPS
-from ..sampler import Decoder, Recorded
 from .operations import Tasks, uncompilable
 from .rivals import Generate, Released, Trl
 from .timing import FLOOR, OURS, Task, device, measure, quartiles, relative
@@ -89,7 +90,7 @@ def report(loops: dict[str, Loop], name: str, times: dict[str, dict]) -> dict:
         figures["of decode limit"] = floor["sample"] / own["sample"]
         figures["MFU"] = (floor["score"] + floor["backward"]) / learning
         if device() == "cuda":
-            figures["MFU of 989 TFLOP/s"] = 4 * work.flops() / learning / FLOPS
+            figures["MFU of 989 TFLOP/s"] = 4 * work.flops() / learning / H100_FLOPS
     if name == FLOOR:
         figures = {"GB/s": work.bytes() / own["sample"] / 1e9}
         if work.optimizer:
@@ -127,17 +128,17 @@ def decode_task(model: str, args: argparse.Namespace) -> Task:
     chance = torch.rand(rows, dtype=torch.float64, device=device())
     decoder = Decoder(work.policy, prompts, 1, 1)
     with torch.no_grad():
-        logits = decoder.begin()
-    decoder.shape(1)
+        logits = decoder.prefill()
+    decoder.set_length(1)
     token, drawn = logits.argmax(-1), torch.empty_like(chance, dtype=torch.long)
 
     @torch.no_grad()
     def step() -> tuple:
-        logits.copy_(decoder.step(token))
-        drawn.copy_(pick_tokens(logits, chance, 1.0))
+        logits.copy_(decoder.decode_step(token))
+        drawn.copy_(inverse_cdf_sample(logits, chance, 1.0))
         decoder.end -= 1
         return ()
-    recorded = Recorded(step) if decoder.pace.graphs else None
+    recorded = CUDAGraphRunner(step) if decoder.pace.cuda_graphs else None
 
     def replay() -> tuple:
         recorded(())
@@ -198,5 +199,5 @@ def update(args: argparse.Namespace) -> Tasks:
     a backward pass need that compute nothing twice. MFU: these FLOPs by the seconds of score and
     backward, of what the bare products reach. peak GB: a candidate's own models included."""
     if args.K < 2:
-        raise Problem(f"--K {args.K}: a leave-one-out baseline needs at least 2")
+        raise UserError(f"--K {args.K}: a leave-one-out baseline needs at least 2")
     return tasks(args, train=True)

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import TRITON, Problem, reference
+import latro
+from harness.errors import UserError
+from kernels import TRITON, reference
+
 from .timing import OURS, Task, device, relative
 
 MODELS = {  # width D, vocabulary V
@@ -61,7 +64,8 @@ def logprob_candidates() -> dict[str, Callable | str]:
     chunks = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     chunked = negated(nll, options=chunks()) if chunks else OLD_TORCH
     return {OURS: on_gpu("kernels.token_logprob", "token_logprobs"),
-            "reference": reference.token_logprobs.__wrapped__, "plain": plain, "compile": compiled(plain),
+            "reference": reference.token_logprobs.__wrapped__, "plain": plain,
+            "compile": compiled(plain),
             "linear_cross_entropy": negated(nll), "linear_cross_entropy_chunked": chunked,
             "liger": negated(liger), "cce": negated(cce),
             "cce_unfiltered": negated(cce, filter_eps=None)}
@@ -145,11 +149,12 @@ def score_task(questions: int, K: int, L: int, bound: str) -> Task:
     inputs = logp, logp + 0.1 * noise, at[:-1:2], at[1::2], at[2::2], K, 0.05
     moved, room = torch.randn(2, 3 * len(logp) // 2, device=device())
     wide = (x.double() if x is logp or x is inputs[1] else x for x in inputs)
-    truth = latro.score_rationales.__wrapped__(*wide, bound=bound)
+    definition = latro.score_rationales.__wrapped__
+    truth = definition(*wide, bound=bound)
     return Task(
         dict(questions=questions, K=K, L=L, bound=bound, bytes=12 * len(logp)),
         {OURS: on_gpu("kernels.rationale_score", "score_rationales"),
-         "reference": latro.score_rationales.__wrapped__, "compile": compiled(latro.score_rationales.__wrapped__)},
+         "reference": definition, "compile": compiled(definition)},
         1e-3, lambda fn: dict(zip(truth._fields, map(relative, fn(*inputs, bound=bound), truth))),
         lambda fn: dict(call=lambda: partial(fn, *inputs, bound=bound)),
         dict(call=lambda: partial(room.copy_, moved)))
@@ -205,8 +210,8 @@ def tune(args: argparse.Namespace) -> Tasks:
     """logprob of our kernel, by tile (rows x columns x depth; loads by TMA or pointers) and by size
     of the buffer for dZ. ours: as it is."""
     if device() == "cpu":
-        raise Problem("tune: needs a CUDA device; --help lists what runs without one")
-    from .. import token_logprob as ours
+        raise UserError("tune: needs a CUDA device; --help lists what runs without one")
+    from kernels import token_logprob as ours
     held = dict(tile_for=ours.tile_for, DZ_BYTES=ours.DZ_BYTES)
 
     def having(**settings) -> Callable:

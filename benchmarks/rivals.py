@@ -8,9 +8,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import latro
+from harness import distributed
+from harness.memory import needs_activation_checkpointing
+from kernels.reference import inverse_cdf_sample
+from latro import Rationale
 
-from .. import Rationale, crowded, pick_tokens
 from .timing import device
 from .work import Loop, Work
 
@@ -30,7 +32,7 @@ class Forced(transformers.LogitsProcessor):
         self.width = self.width or ids.shape[1]  # of the prompts
         t = ids.shape[1] - self.width
         if self.uniform is not None:
-            token = pick_tokens(scores, self.uniform[:, t], 1.0)
+            token = inverse_cdf_sample(scores, self.uniform[:, t], 1.0)
             return torch.full_like(scores, -math.inf).scatter(1, token[:, None], 0.0)
         scores[:, self.eos] = torch.where(self.ends == t + 1, 1e9, -math.inf)
         return scores
@@ -105,11 +107,12 @@ class Trl(Loop):
         trl, w, cuda = import_module("trl"), self.work, device() == "cuda"
         policy = transformers.AutoModelForCausalLM.from_pretrained(w.folder.name,
                                                                    dtype=torch.float32)
+        recompute = needs_activation_checkpointing(policy.config, w.args, 1, w.policy.device)
         settings = trl.RLOOConfig(
             output_dir=w.folder.name, num_generations=w.args.K, max_completion_length=w.args.L,
             per_device_train_batch_size=w.args.K, gradient_accumulation_steps=len(w.batch),
             beta=w.args.beta, top_k=0, learning_rate=0.0, max_steps=1, bf16=cuda, use_cpu=not cuda,
-            gradient_checkpointing=crowded(policy.config, w.args, 1, w.policy.device),  # as ours
+            gradient_checkpointing=recompute,
             shuffle_dataset=False, report_to="none", save_strategy="no", logging_strategy="no",
             disable_tqdm=True)
         self.prompts = [dict(prompt=" ".join(map(word, e.x))) for e in w.batch]

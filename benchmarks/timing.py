@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import TRITON, Problem, brief
+from harness.errors import UserError, short_error
+from kernels import TRITON
 
 OURS, FLOOR, WARM_UP = "ours", "floor", 2
 
@@ -100,7 +101,7 @@ def attempt(row: dict, action: Callable, *args):
     except (torch.OutOfMemoryError, short) as e:
         row["note"] = str(e).split(". ")[0]  # advice follows
     except import_module("torch._dynamo.exc").TorchDynamoException as e:
-        row["note"] = f"cannot be compiled: {brief(e)}"
+        row["note"] = f"cannot be compiled: {short_error(e)}"
 
 
 def check(task: Task, fn: Callable, row: dict) -> None:
@@ -118,7 +119,7 @@ def measure(make: Callable[[], Task], only: list[str] | None, rounds: int) -> tu
     task = make()
     torch.compiler.reset()  # it gives up on a function that has seen many shapes
     if unknown := [name for name in only or () if name not in task.candidates]:
-        raise Problem(f"--only {unknown[0]}: choose from {', '.join(task.candidates)}")
+        raise UserError(f"--only {unknown[0]}: choose from {', '.join(task.candidates)}")
     rows = {FLOOR: dict(candidate=FLOOR, note=None)}
     jobs = {FLOOR: task.floor}
     for name in only or task.candidates:

@@ -19,9 +19,11 @@ import transformers
 from torch import Tensor
 
 import latro
+from harness import distributed
+from harness.data import Example
+from harness.memory import Shape
+from latro import Rationale, sample_rationales, split_rollout, tree_size
 
-from .. import Example, Rationale, conclude, sample, tree_size
-from ..planner import Shape
 from .timing import device
 
 SHAPES = {
@@ -56,8 +58,10 @@ class Work:
             model=self.folder.name, questions=args.questions, K=args.K, L=args.L, steps=1, lr=0.0))
         self.dtype = distributed.compute_dtype(place)
         self.save(place)
-        self.policy = latro.load_model(self.args, place, torch.float32 if train else self.dtype)
-        self.reference = latro.load_model(self.args, place, self.dtype) if train else None
+        self.policy = latro.load_model(self.args, place, torch.float32 if train else self.dtype,
+                                       latro.logprobs)
+        self.reference = (latro.load_model(self.args, place, self.dtype, latro.logprobs)
+                          if train else None)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0,
                                            fused=True) if train else None
         self.shape, self.eos = Shape(self.policy.config, self.args, 1), self.policy.vocab_size - 1
@@ -94,10 +98,10 @@ class Work:
     def groups(self, drawn: Iterable[list[int]]) -> list[list[Rationale]]:
         """What was drawn as K finished rationales a question."""
         template, z = [*range(TEMPLATE)], iter(drawn)
-        codec = SimpleNamespace(join=template, lead=template)
+        codec = SimpleNamespace(template_after_z=template, template_at_start=template)
 
         def finish(ids: list[int], answer: list[int]) -> Rationale:
-            return conclude(codec, ids, len(ids), -(ids[-1] == self.eos), answer, "answer")
+            return split_rollout(codec, ids, len(ids), -(ids[-1] == self.eos), answer, "answer")
         return [[finish(next(z), e.answer) for _ in range(self.args.K)] for e in self.batch]
 
     def made_up(self) -> list[list[Rationale]]:
@@ -121,11 +125,11 @@ class Work:
     def weights(self) -> int:
         """Numbers that a step reads of them: of an embedding that is not the head, next to none."""
         tied = self.policy.config.tie_word_embeddings
-        return self.shape.n - (0 if tied else self.shape.V * self.shape.D)
+        return self.shape.parameters - (0 if tied else self.shape.V * self.shape.D)
 
     def token(self) -> int:
         """Numbers that the cache holds of a token."""
-        return self.shape.layers * 2 * self.shape.G
+        return self.shape.layers * 2 * self.shape.key_width
 
     def flops(self) -> float:
         """Of a forward pass that does nothing twice: each prompt once, the head for what is scored,
@@ -136,7 +140,8 @@ class Work:
             tokens += x + sum(branches)
             pairs += x * (x + 1) / 2 + sum(n * x + n * (n + 1) / 2 for n in branches)
             scored += sum(len(r.actions + r.y) for r in group)
-        return s.layers * (2 * s.block * tokens + 4 * s.H * pairs) + 2 * s.V * s.D * scored
+        blocks = s.layers * (2 * s.block_parameters * tokens + 4 * s.query_width * pairs)
+        return blocks + 2 * s.V * s.D * scored
 
 
 class Loop:
@@ -218,15 +223,17 @@ class Ours(Loop):
         w = self.work
         w.attend("latro")
         with distributed.unsharded(w.policy):
-            return [ids for ids, *_ in sample(w.policy, [e.x for e in w.batch], [], [w.eos],
-                                              w.args.K, w.args.L, w.uniform)]
+            drawn = sample_rationales(w.policy, [e.x for e in w.batch], [], [w.eos], w.args.K,
+                                      w.args.L, w.uniform)
+            return [ids for ids, *_ in drawn]
 
     def learn(self, groups: list[list[Rationale]]) -> None:
         w = self.work
         w.attend("latro")
-        for some in distributed.assign_micro_batches([*map(tree_size, w.batch, groups)], w.args.micro):
-            x, z = zip(*((w.batch[i], groups[i]) for i in some))
+        sizes = [*map(tree_size, w.batch, groups)]
+        for indices in distributed.assign_micro_batches(sizes, w.args.micro):
+            examples, group = zip(*((w.batch[i], groups[i]) for i in indices))
             with self.phase("score"):
-                logp, s = latro.score(w.policy, w.reference, x, z, w.args)
+                logp, scores = latro.score(w.policy, w.reference, examples, group, w.args)
             with self.phase("backward"):
-                distributed.backward(-(s.weights * logp).sum(), w.policy)
+                distributed.backward(-(scores.token_weights * logp).sum(), w.policy)

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one thread repeat
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: no test may hang on the hub
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+sys.path += [str(ROOT / "tests" / room) for room in ("kernels", "harness")]  # they share helpers
 
 import pytest
 import torch

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import kernels
 import latro
 from conftest import ROOT, TINY, TOY, begin, launch, rows, start
-from kernels import planner, reference, sampler
+from harness import data, memory
+from kernels import attention, decode, reference
 
 pytestmark = pytest.mark.gpu
 SHAPES = {"8B": (2048, 4096, 128256), "135M": (4096, 576, 49152), "0.5B": (1000, 896, 151936),
@@ -167,11 +168,15 @@ def drawn(policy, K=16, L=300):
 
 def test_recorded_samples(policy, monkeypatch):
     """As CUDA graphs and without: the same, to the last token."""
-    made, record = [], decode.capture_graph
-    monkeypatch.setattr(sampler, "record", lambda *args: made.append(record(*args)) or made[-1])
+    made, capture_graph = [], decode.capture_graph
+
+    def spy(*args):
+        made.append(capture_graph(*args))
+        return made[-1]
+    monkeypatch.setattr(decode, "capture_graph", spy)
     recorded = drawn(policy)
     assert 3 < len(made) < 15 and len({len(ids) for ids, *_ in recorded}) > 20
-    monkeypatch.setitem(decode.PACES, "cuda", decode.PACES["cuda"]._replace(graphs=False))
+    monkeypatch.setitem(decode.PACES, "cuda", decode.PACES["cuda"]._replace(cuda_graphs=False))
     assert drawn(policy) == recorded
 
 
@@ -220,8 +225,8 @@ def test_out_of_memory(phase, K, lower, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_plan(checkpointing, tmp_path):
-    """The peak of a whole run, evaluation included, is that of the plan within a tenth: 168 M
-    parameters, beside which what libraries allocate is little. They ramble until L cuts them."""
+    """The peak of a whole run, evaluation included, is that of the plan within a tenth. The model has
+    168 M parameters, so what libraries allocate is little. Its rationales run until L cuts them."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import kernels
 import latro
 from conftest import TOY
-from kernels import sampler
+from harness import distributed, model
+from kernels import decode
 from benchmarks import __main__ as command
 from benchmarks import loops, rivals
 from benchmarks import work as shared
@@ -72,7 +72,7 @@ def test_decode(tmp_path, monkeypatch):
     code, rows = run(tmp_path, "decode")
     assert code == 0 and rows["eager"]["note"].startswith("the same") and rows["ours"]["rows"] == 6
     monkeypatch.setitem(decode.PACES, "cpu", decode.Pace(3, 8, True))
-    monkeypatch.setattr(sampler, "record", lambda function, before: Tape(function))
+    monkeypatch.setattr(decode, "capture_graph", lambda function, before: Tape(function))
     monkeypatch.setattr(decode.CUDAGraphRunner, "latest", None)
     code, rows = run(tmp_path, "decode")
     assert code == 0 and rows["ours"]["error"] == dict(logits=0) == rows["eager"]["error"]
@@ -100,7 +100,7 @@ def test_update(tmp_path):
 
 def test_in_a_gpus_precision(tmp_path, monkeypatch):
     """float32 weights under FSDP2 that compute in bfloat16."""
-    monkeypatch.setattr(latro, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(distributed, "compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(rivals.Generate, "draw", drawn := lambda self, driven: forced(self.work))
     monkeypatch.setattr(shared.Ours, "draw", drawn)
     _, rows = run(tmp_path, "update")
@@ -156,7 +156,7 @@ def test_lengths(work):
         assert [z[-1] == w.eos for z in drawn] == [n < 12 for n in w.lengths]
         assert w.eos not in sum((z[:-1] for z in drawn), [])
     groups = w.groups(drawn)
-    assert [r.cut for g in groups for r in g] == [n == 12 for n in w.lengths]
+    assert [r.truncated for g in groups for r in g] == [n == 12 for n in w.lengths]
 
 
 def test_the_toy_is_the_toy(work):
@@ -177,11 +177,11 @@ def test_bytes_are_those_of_each_step(work):
 
 def seen(layout):
     """How many tokens a token sees, in all: itself and those before it, padding aside."""
-    real = layout.into < len(layout.back) - 1
-    (B, _, P, _), L = layout.trunks.shape, layout.branches.shape[2]
-    trunk, branch = real[:B * P].view(B, P), real[B * P:].view(-1, L)
-    return int((layout.trunks[:, 0] * trunk[:, :, None]).sum()
-               + (layout.branches[:, 0] * branch[:, :, None]).sum())
+    real = layout.perm < len(layout.inverse) - 1
+    (B, _, P, _), L = layout.prompt_mask.shape, layout.branch_mask.shape[2]
+    prompt, branch = real[:B * P].view(B, P), real[B * P:].view(-1, L)
+    return int((layout.prompt_mask[:, 0] * prompt[:, :, None]).sum()
+               + (layout.branch_mask[:, 0] * branch[:, :, None]).sum())
 
 
 def test_flops_are_those_of_the_tree(work):
@@ -199,7 +199,7 @@ def test_flops_are_those_of_the_tree(work):
 @pytest.mark.parametrize("dtype, reference", [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_what_is_kept(work, monkeypatch, dtype, reference):
     """The policy in float32, its reference, and after a step Adam's two moments and step counts."""
-    monkeypatch.setattr(latro, "compute_dtype", lambda device: dtype)
+    monkeypatch.setattr(distributed, "compute_dtype", lambda device: dtype)
     w = work()
     loop, n = shared.Ours(w), sum(p.numel() for p in w.policy.parameters())
     assert loop.kept() == (4 + reference) * n

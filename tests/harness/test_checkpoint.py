@@ -1,5 +1,5 @@
-"""What goes wrong around a run: damaged, harmful and contested files, processes that die or hang.
-Each costs at most the updates since the last whole state, and says what to do."""
+"""Proves that damaged or harmful files, full disks, and processes that die or hang cost a run at
+most the updates since its last whole state, and that each error says what to do."""
 
 import ctypes
 import io
@@ -21,18 +21,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is also a script
 from conftest import ROOT, TINY, TOY, begin, contents, launch, rows, start, under_way, untimed
 
-import kernels  # after conftest, which knows where it is: this file is also a script
-import latro
-from kernels import files
+import latro  # after conftest, which puts the repository on the path
+from harness import checkpoint, distributed
+from harness.errors import run_cli, timed
 
 FLAGS = [*TINY, *"--K 2 --L 6 --steps 3 --save-every 1".split()]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Three updates without a break: states of the last two are kept."""
+    """An uninterrupted run of three updates. The states of the last two are kept."""
     out = start(*FLAGS, out=tmp_path_factory.mktemp("whole") / "out")
     assert sorted(p.name for p in out.glob("state/step-*")) == ["step-000002", "step-000003"]
     return out
@@ -44,10 +45,11 @@ def out(whole, tmp_path):
 
 
 def damaged(path, how):
-    held = path.read_bytes()
-    middle = len(held) // 2
-    return dict(truncated=held[:middle], empty=b"", longer=held + b"\0",
-                flipped=held[:middle] + bytes([held[middle] ^ 1]) + held[middle + 1:])[how]
+    """The bytes of a file, damaged in one of four ways."""
+    before = path.read_bytes()
+    middle = len(before) // 2
+    return dict(truncated=before[:middle], empty=b"", longer=before + b"\0",
+                flipped=before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1:])[how]
 
 
 # ---- files
@@ -55,7 +57,7 @@ def damaged(path, how):
 @pytest.mark.parametrize("how", ["truncated", "empty", "longer", "flipped", "gone"])
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "sums.json"])
 def test_damaged_state(name, how, out, whole, capsys):
-    """The state before it takes its place, and the run ends where it would have ended."""
+    """The run goes on from the state before it, and ends as if nothing had happened."""
     path = out / "state/step-000003" / name
     if how == "gone":
         path.unlink()
@@ -64,8 +66,8 @@ def test_damaged_state(name, how, out, whole, capsys):
     if name == "sums.json" and how in ("longer", "flipped"):  # may still be JSON
         path.write_text(path.read_text(errors="replace").replace(":", ": 1"))
     start("--resume", out=out)
-    said = capsys.readouterr().out
-    assert str(path) in said and "going back from step-000003" in said
+    printed = capsys.readouterr().out
+    assert str(path) in printed and "going back from step-000003" in printed
     assert untimed(rows(out)) == untimed(rows(whole))
     weights = Path("model.safetensors")
     assert contents(out)[weights] == contents(whole)[weights]
@@ -75,7 +77,7 @@ def test_damaged_state(name, how, out, whole, capsys):
 
 
 def test_no_whole_state(out, capsys):
-    """Named, and not silently begun anew: the logs and the model stay as they were."""
+    """That is an error, not a silent new start: the logs and the model stay as they were."""
     for state in (out / "state").glob("step-*"):
         (state / "__0_0.distcp").write_bytes(b"torn")
     before = {k: v for k, v in contents(out).items() if len(k.parts) == 1}
@@ -86,38 +88,40 @@ def test_no_whole_state(out, capsys):
 
 
 @pytest.mark.parametrize("keep, names", [(1, [3]), (2, [2, 3]), (5, [1, 2, 3])])
-def test_keep(keep, names, tmp_path):
-    made = start(*FLAGS, "--keep", keep, out=tmp_path / "out")
-    assert sorted(int(p.name[-6:]) for p in (made / "state").glob("step-*")) == names
+def test_number_of_states_kept(keep, names, tmp_path):
+    out = start(*FLAGS, "--keep", keep, out=tmp_path / "out")
+    assert sorted(int(p.name[-6:]) for p in (out / "state").glob("step-*")) == names
 
 
-def test_write_replaces_or_leaves(tmp_path, monkeypatch):
+def test_atomic_write_replaces_a_file_or_leaves_it(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("full")
     path = tmp_path / "x.json"
     checkpoint.atomic_write(path, "before")
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(os, "replace", fail)
         checkpoint.atomic_write(path, "after")
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"] and path.read_text() == "before"
 
 
-@pytest.mark.parametrize("room", [1000, 100_000, 2_000_000, 5_000_000])
-def test_full_disk(room, out, whole, monkeypatch, capsys):
-    """No file may grow beyond `room` bytes while the third update is saved: somewhere the save
-    ends, with a sentence, and what was there before is whole. With room again the run ends as ever.
-    """
+@pytest.mark.parametrize("largest", [1000, 100_000, 2_000_000, 5_000_000])
+def test_full_disk(largest, out, whole, monkeypatch, capsys):
+    """No file may grow beyond `largest` bytes while the third update is saved. The save fails with
+    one sentence, and what was there before stays whole. Without the limit, the run then ends as
+    usual."""
     for name in ("state/step-000003", "state/step-000002"):
         (out / name).rename(out / "state" / name[-1])
     (out / "state/2").rename(out / "state/step-000002")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def crowded(*args, save=latro.save_checkpoint):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    def limited(*args, save_checkpoint=latro.save_checkpoint):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
         try:
-            save(*args)
+            save_checkpoint(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     with monkeypatch.context() as patch:
-        patch.setattr(latro, "save", crowded)
+        patch.setattr(latro, "save_checkpoint", limited)
         assert latro.main(["--resume", "--out", str(out)]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("latro.py: ") and "cannot be saved" in line
@@ -148,7 +152,7 @@ cp -r "$out" ."""
 
 @pytest.mark.parametrize("size, kept", [(5, "lock"), (14, "step-000001"), (21, "step-000002")])
 def test_full_file_system(size, kept, whole, tmp_path):
-    """The same on a file system of so many MB, full with the first, second or third state."""
+    """The same on a file system of `size` MB, which the first, second or third state fills."""
     (tmp_path / "small").mkdir()
     command = ["unshare", "-rm", "sh", "-c", FULL, "sh", size, tmp_path / "small", sys.executable,
                ROOT / "latro.py", *FLAGS]
@@ -157,27 +161,27 @@ def test_full_file_system(size, kept, whole, tmp_path):
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     if "code" not in done.stdout:
-        pytest.skip("no file system may be mounted here")
+        pytest.skip("file systems cannot be mounted here")
     assert re.findall(r"code (.*)", done.stdout) == [f"1: {kept}", "0: step-000003"]
     [line] = [s for s in done.stderr.splitlines() if "cannot be saved" in s]
     assert "Traceback" not in done.stderr and "0.0 GB are free" in line and "--resume" in line
     assert untimed(rows(tmp_path / "run")) == untimed(rows(whole))
 
 
-def without_override():
-    """Of a process about to start: for root, too, what may not be written cannot be."""
+def drop_root_override():
+    """Runs in a new process before it starts: permissions then hold for root too."""
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
 
 
 @pytest.mark.parametrize("flags", [FLAGS, ["--resume"]], ids=["new", "resumed"])
 def test_read_only_out(flags, out, whole, tmp_path):
-    """Nothing there is touched, and later it goes on."""
+    """Nothing in it is touched, and the run goes on once it can be written."""
     folder = out if "--resume" in flags else tmp_path / "new"
     folder.mkdir(exist_ok=True)
     before = contents(tmp_path)
     folder.chmod(0o555)
     try:
-        run = begin(ROOT / "latro.py", *flags, "--out", folder, preexec_fn=without_override)
+        run = begin(ROOT / "latro.py", *flags, "--out", folder, preexec_fn=drop_root_override)
         _, errors = run.communicate(timeout=300)
     finally:
         folder.chmod(0o755)
@@ -190,6 +194,8 @@ def test_read_only_out(flags, out, whole, tmp_path):
 
 
 class Evil:
+    """Its pickle calls a function when it is loaded."""
+
     def __init__(self, call, *args):
         self.call = call, args
 
@@ -202,7 +208,8 @@ class Evil:
     Evil(getattr, os.stat_result, "mro"), [1, dict(a=Evil(os.mkdir, "harm"))],
     Evil(__import__, "antigravity"), Evil(torch.load, "x"), Evil(subprocess.call, "touch harm")])
 def test_pickle_that_would_run_code(evil, out, tmp_path, monkeypatch, capsys):
-    """Also with sums that fit: a checksum is no seal. Nothing is run, nothing is gone back to."""
+    """Also with matching checksums, which anyone can compute. Nothing is run, and the run does not
+    go back to an older state."""
     monkeypatch.chdir(tmp_path)
     state = out / "state/step-000003"
     (state / ".metadata").write_bytes(pickle.dumps(evil))
@@ -217,7 +224,8 @@ def test_pickle_that_would_run_code(evil, out, tmp_path, monkeypatch, capsys):
 
 
 def test_dotted_names_reach_nothing():
-    """Protocol 4 looks attributes up: a module that may be named must not lend its imports."""
+    """Pickle protocol 4 follows dotted names. An allowed module must not give access to what it
+    imports."""
     for module in ("torch.distributed.checkpoint.metadata", "torch"):
         for name in ("os.system", "os", "load", "dataclass"):
             code = pickle.PROTO + b"\x04" + b"".join(
@@ -229,7 +237,7 @@ def test_dotted_names_reach_nothing():
 
 # ---- a directory in use
 
-def test_out_of_a_run_that_is_alive(tmp_path):
+def test_out_of_a_run_that_is_still_alive(tmp_path):
     out = tmp_path / "out"
     with under_way(out) as run:
         code, _, errors = launch("--resume", "--out", out)
@@ -241,15 +249,16 @@ def test_out_of_a_run_that_is_alive(tmp_path):
         checkpoint.release_lock()
 
 
-def test_lock_is_given_back(out):
+def test_lock_is_released(out):
     start("--resume", out=out)
     assert checkpoint.LOCKS == []
 
 
 # ---- processes
 
+@pytest.mark.slow
 def test_restart_by_torchrun_goes_on(whole, tmp_path):
-    """A worker is killed in its second update; torchrun starts all anew, and they resume."""
+    """A worker is killed in its second update. torchrun restarts all workers, and they resume."""
     out = tmp_path / "out"
     code, _, errors = launch("die", *FLAGS, "--out", out, processes=2, script=__file__,
                              torchrun=["--max-restarts", 1])
@@ -259,19 +268,20 @@ def test_restart_by_torchrun_goes_on(whole, tmp_path):
     assert rows(out)[0]["z_len"] == rows(whole)[0]["z_len"]
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs(tmp_path):
-    """Silence has an end, and a sentence."""
-    start_time = time.monotonic()
+    """The others wait for --timeout, then end with one sentence."""
+    started = time.monotonic()
     code, _, errors = launch("hang", *FLAGS, "--out", tmp_path / "out", "--timeout", 0.1,
                              processes=2, script=__file__)
-    assert code != 0 and time.monotonic() - start_time < 120
+    assert code != 0 and time.monotonic() - started < 120
     [line] = [s for s in errors.splitlines() if "latro.py: " in s]
     assert "hung longer than --timeout" in line and "--resume" in line
     assert f'File "{ROOT / "latro.py"}"' not in errors
 
 
-def test_numbers_of_one_process_that_go_wrong(tmp_path):
-    """All stop, in the same update, with one sentence that names the other process's question."""
+def test_one_process_with_log_probs_that_are_not_finite(tmp_path):
+    """All processes stop in the same update, and one sentence names the question concerned."""
     out = tmp_path / "out"
     code, _, errors = launch("nan", *FLAGS, "--out", out, processes=2, script=__file__)
     [line] = [s for s in errors.splitlines() if "latro.py: " in s]
@@ -283,9 +293,9 @@ def test_numbers_of_one_process_that_go_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_twice_to_stop(number, tmp_path):
-    """Once: it goes on with its update, which hangs here. Twice: it leaves at once, and the state
-    before is whole."""
+def test_second_stop_signal_ends_a_run_at_once(number, tmp_path):
+    """After one signal a run finishes its update, which hangs here. The second signal ends it, and
+    the state before stays whole."""
     out = tmp_path / "out"
     run = begin(__file__, "hang", *FLAGS, "--out", out)
     try:
@@ -306,8 +316,8 @@ def test_told_twice_to_stop(number, tmp_path):
     assert [row["step"] for row in rows(out)] == [1, 2, 3]
 
 
-def test_what_a_model_writes_cannot_steer_a_terminal(out, capsys):
-    """Nor what stands in its directory or in the data: \\x1b is spelt out."""
+def test_what_a_model_writes_cannot_control_a_terminal(out, capsys):
+    """Nor can file names or data: \\x1b is printed as text."""
     log = out / "samples.jsonl"
     log.write_text(log.read_text().replace('"text": "', '"text": "\\u001b]0;owned\\u0007'))
     start("--resume", out=out)
@@ -323,16 +333,16 @@ def test_what_a_model_writes_cannot_steer_a_terminal(out, capsys):
     (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:2048"), "has died"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "lower --K"),
     (RuntimeError("shape '[2, 3]' is invalid"), None), (IndexError("timeout"), None)])
-def test_what_is_no_bug(error, words, capsys):
-    """What the machine, or the other processes, are the cause of; all else is a traceback."""
+def test_only_bugs_have_a_traceback(error, words, capsys):
+    """Errors caused by the machine or by another process are one sentence."""
     def work():
         raise error
     if words:
-        assert errors.run_cli("latro.py", work, "--K", "") == 1
+        assert run_cli("latro.py", work, "--K", "") == 1
         assert words in capsys.readouterr().err
     else:
         with pytest.raises(type(error)):
-            errors.run_cli("latro.py", work, "", "")
+            run_cli("latro.py", work, "", "")
 
 
 @pytest.mark.parametrize("phase, flags", [
@@ -340,13 +350,13 @@ def test_what_is_no_bug(error, words, capsys):
     ("backward", "--micro, --K or --L"), ("step", "more GPUs")])
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_out_of_memory_names_the_phase(phase, flags, rank, monkeypatch, capsys):
-    """Whichever process runs out says so."""
+    """Whichever process runs out of memory reports it."""
     monkeypatch.setenv("RANK", rank)
 
     def work():
-        with latro.timed({phase: 0.0}, phase):
+        with timed({phase: 0.0}, phase):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert errors.run_cli("latro.py", work, "", "") == 1
+    assert run_cli("latro.py", work, "", "") == 1
     line, = capsys.readouterr().err.splitlines()
     assert f"in {phase}," in line and flags in line and "GB at the peak" in line
 
@@ -358,7 +368,8 @@ def model(tmp_path):
     return copytree(TOY, tmp_path / "model")
 
 
-def refused(model, capsys, *words):
+def assert_refused(model, capsys, *words):
+    """--model `model` ends with one line that has these words, and --out is not made."""
     flags = ["--model", str(model), "--task", "toy", *TINY, "--steps", "1"]
     assert latro.main([*flags, "--out", str(model.parent / "fresh")]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
@@ -370,34 +381,34 @@ def refused(model, capsys, *words):
 def test_damaged_weights(how, model, capsys):
     path = model / "model.safetensors"
     path.write_bytes(damaged(path, how))
-    refused(model, capsys, "weights cannot be read")
+    assert_refused(model, capsys, "weights cannot be read")
 
 
 def test_missing_weights_are_not_made_up(model, capsys):
-    """transformers would fill them with random numbers, and warn."""
+    """transformers would initialize them at random, and only warn."""
     weights = load_file(model / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    refused(model, capsys, "model.layers.1.mlp.up_proj.weight")
+    assert_refused(model, capsys, "model.layers.1.mlp.up_proj.weight")
 
 
 def test_weights_of_another_shape(model, capsys):
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    refused(model, capsys, "weights cannot be read")
+    assert_refused(model, capsys, "weights cannot be read")
 
 
 def test_larger_vocabulary_than_embedding(model, capsys):
     config = json.loads((model / "config.json").read_text())
     config["vocab_size"] -= 3
     (model / "config.json").write_text(json.dumps(config))
-    refused(model, capsys, "tokenizer", str(config["vocab_size"]), "embedding")
+    assert_refused(model, capsys, "tokenizer", str(config["vocab_size"]), "embedding")
 
 
 @pytest.mark.parametrize("kind", ["llama", "new"])
 def test_code_in_a_model_directory_is_not_run(kind, model, tmp_path, monkeypatch, capsys):
-    """Nor is the user asked whether to run it: a run at night would wait for the answer."""
+    """Nor is the user asked whether to run it: nobody would be there to answer."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     (model / "evil.py").write_text("open('harm', 'w')\nclass Config: pass\nclass Model: pass\n")
@@ -406,7 +417,7 @@ def test_code_in_a_model_directory_is_not_run(kind, model, tmp_path, monkeypatch
     config |= dict(auto_map=classes) | (dict(model_type="evil") if kind == "new" else {})
     (model / "config.json").write_text(json.dumps(config))
     if kind == "new":
-        refused(model, capsys)
+        assert_refused(model, capsys)
     else:
         start("--model", model, "--task", "toy", *TINY, "--steps", 1, out=tmp_path / "fresh")
     assert not Path("harm").exists()
@@ -416,7 +427,7 @@ def test_pickled_weights_are_not_read(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(os.system, "touch harm")))
-    refused(model, capsys, "safetensors")
+    assert_refused(model, capsys, "safetensors")
     assert not Path("harm").exists()
 
 
@@ -434,47 +445,50 @@ sys.exit(latro.main(sys.argv[2:]))"""
 
 
 def test_no_network_and_no_shell(tmp_path, monkeypatch):
-    """A run with local files, although nobody has told it that it is offline: not one connection,
-    no name looked up, no process but git for the commit."""
+    """A run with local files, without HF_HUB_OFFLINE, opens no connection, looks up no name, and
+    starts no process except git for the commit."""
     monkeypatch.delenv("HF_HUB_OFFLINE")
     run = begin("-c", WATCH + RUN, ROOT, *FLAGS, "--out", tmp_path / "out")
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 0 and "asked" not in errors, errors
     run = begin("-c", WATCH + "socket.getaddrinfo('localhost', 80)")
-    assert "asked: socket" in run.communicate(timeout=60)[1]  # it does see
+    assert "asked: socket" in run.communicate(timeout=60)[1]  # the hook works
 
 
-def doomed(update, how):
-    """latro.update, in the second of which the last process dies, once, or hangs."""
+def failing(optimizer_step, how):
+    """optimizer_step, in the second call of which the last process dies (once), or hangs."""
     def wrapped(policy, optimizer, step, args):
-        last = os.environ.get("RANK", "0") != "0" or distributed.processes() == 1
+        last = distributed.processes() == 1 or not distributed.is_main_process()
         if step == 1 and last and not distributed.restart_count():
             if distributed.processes() > 1:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun need not wait for it
-            os.kill(os.getpid(), signal.SIGKILL) if how == "die" else time.sleep(600)
-        return update(policy, optimizer, step, args)
+            if how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        return optimizer_step(policy, optimizer, step, args)
     return wrapped
 
 
-def poisoned(score):
-    """latro.score, that of the last process NaN in the second update: of which question, it
-    notes."""
-    updates = []
+def with_nan(score):
+    """latro.score, which returns NaN on the last process in the second update, and writes the place
+    of that question to --out/poisoned."""
+    updates = 0
 
-    def wrapped(policy, reference, batch, groups, args):
-        logp, s = score(policy, reference, batch, groups, args)
-        updates.extend([1] * torch.is_grad_enabled())  # not in an evaluation
-        if len(updates) != 2 or os.environ["RANK"] != "1":
-            return logp, s
-        [example] = batch
-        Path(args.out, "poisoned").write_text(example.where)
-        return logp, s._replace(logp_y=s.logp_y * math.nan)
+    def wrapped(policy, reference, examples, groups, args, given=False):
+        nonlocal updates
+        logp, scores = score(policy, reference, examples, groups, args, given)
+        updates += torch.is_grad_enabled()  # not in an evaluation
+        if updates != 2 or distributed.is_main_process():
+            return logp, scores
+        [example] = examples
+        Path(args.out, "poisoned").write_text(example.place)
+        return logp, scores._replace(logp_y=scores.logp_y * math.nan)
     return wrapped
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "nan":
-        latro.score = poisoned(latro.score)
+        latro.score = with_nan(latro.score)
     else:
-        latro.optimizer_step = doomed(latro.optimizer_step, sys.argv[1])
+        latro.optimizer_step = failing(latro.optimizer_step, sys.argv[1])
     sys.exit(latro.main(sys.argv[2:]))

@@ -1,5 +1,5 @@
-"""Bad input ends a run before it begins, with one line that names the value and the way out: never
-a traceback, never a file touched. A run that turns into NaN stops in the same way."""
+"""Proves that bad input ends a run before it begins, with one line that names the value and the way
+out, without a traceback and without touching a file. A run that diverges ends in the same way."""
 
 import json
 import re
@@ -22,15 +22,15 @@ FLAGS = f"--model {TOY} --task qa --data data --steps 1 --questions 2 --K 2 --L 
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty directory to stand in, with good data in data/."""
+def working_directory(tmp_path, monkeypatch):
+    """Makes a new directory the current one, with good data in data/."""
     monkeypatch.chdir(tmp_path)
     write_rows("data")
 
 
 @pytest.fixture
 def refusal(capsys):
-    """Runs latro.py with flags that must not work: the line that it leaves on stderr."""
+    """A function that runs latro.py with flags that must fail, and returns its line on stderr."""
     def refusal(*flags):
         with pytest.raises(SystemExit) as stop:
             sys.exit(latro.main([*map(str, flags)]))
@@ -38,18 +38,19 @@ def refusal(capsys):
         if isinstance(code, str):  # sys.exit prints it, and exits with 1
             code, errors = 1, f"{errors}{code}\n"
         assert code and code == int(code)
-        return line_of(errors)
+        return only_line(errors)
     return refusal
 
 
-def line_of(errors):
+def only_line(errors):
+    """The one line on stderr, without progress bars."""
     lines = [s for s in re.split(r"[\r\n]+", errors) if s.strip() and not BAR.search(s)]
     assert len(lines) == 1 and lines[0].startswith("latro.py: "), errors
     assert "Traceback" not in errors
     return lines[0]
 
 
-def says(line, *words):
+def assert_has(line, *words):
     assert all(word in line for word in words), (line, words)
 
 
@@ -74,14 +75,14 @@ def says(line, *words):
     ("--no-K", ["--no-K"]), ("stray", ["stray"]), ("--model=", ["--model", "empty"]),
     ("--data=", ["--data", "empty"]), ("--out=", ["--out", "empty"]),
 ])  # fmt: skip
-def test_flag(flags, words, refusal):
-    says(refusal(*FLAGS, *flags.split()), *words)
+def test_bad_flag(flags, words, refusal):
+    assert_has(refusal(*FLAGS, *flags.split()), *words)
     assert not Path("out").exists()
 
 
 def test_more_rationales_than_memory(refusal):
-    """The only one that is found out while the run goes on."""
-    says(refusal(*FLAGS, "--K", 10**9), "out of memory", "--K", "lower")
+    """The only bad flag that is found during a run."""
+    assert_has(refusal(*FLAGS, "--K", 10**9), "out of memory", "--K", "lower")
     assert not Path("out", "model.safetensors").exists()
 
 
@@ -90,8 +91,8 @@ def test_more_rationales_than_memory(refusal):
     ("--task qa", ["--model", "--data"]),
     ("--task qa --data data", ["--model"]), (f"--task qa --model {TOY}", ["--data"]),
 ])  # fmt: skip
-def test_flag_alone(flags, words, refusal):
-    says(refusal(*f"--eval-questions 1 {flags}".split()), *words)
+def test_bad_flag_with_default_settings(flags, words, refusal):
+    assert_has(refusal(*f"--eval-questions 1 {flags}".split()), *words)
     assert not Path("out").exists()
 
 
@@ -100,21 +101,21 @@ def test_flag_alone(flags, words, refusal):
 ])  # fmt: skip
 def test_number_of_processes(flags, words, refusal, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    says(refusal(*FLAGS, *flags.split()), *words)
+    assert_has(refusal(*FLAGS, *flags.split()), *words)
 
 
-def test_one_line_also_from_the_shell():
-    """What the cases above leave out: python itself, and the warnings of libraries."""
+def test_one_line_from_the_shell():
+    """Unlike the cases above, this includes what Python and the libraries print."""
     code, printed, errors = launch(*FLAGS, "--model", "nobody/nothing")
     assert code == 1 and printed == ""
-    says(line_of(errors), "--model nobody/nothing", "directory")
+    assert_has(only_line(errors), "--model nobody/nothing", "directory")
 
 
 def test_one_line_from_two_processes():
     code, _, errors = launch(*FLAGS, "--questions", 3, processes=2)
     lines = [s for s in errors.splitlines() if "latro.py: " in s]
     assert code != 0
-    assert len(lines) == 1 and "--questions 3" in lines[0]  # the first process speaks for all
+    assert len(lines) == 1 and "--questions 3" in lines[0]  # the main process reports for all
 
 
 # ---- data
@@ -145,37 +146,38 @@ def test_train_jsonl(text, words, refusal):
     path.unlink()
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    says(refusal(*FLAGS), *words)
+    assert_has(refusal(*FLAGS), *words)
     assert not Path("out").exists()
 
 
 def test_held_out_rows_are_checked_too(refusal):
     Path("data", "validation.jsonl").write_text(ROW + '{"question": "a"}\n')
-    says(refusal(*FLAGS), "validation.jsonl:2", "answer")
+    assert_has(refusal(*FLAGS), "validation.jsonl:2", "answer")
 
 
-def test_data_that_is_not_there(refusal):
+def test_missing_data(refusal):
     flags = [*FLAGS, "--task", "gsm8k"]
-    says(refusal(*flags, "--data", "nobody/nothing"), "--data nobody/nothing", "train.jsonl")
-    says(refusal(*flags, "--data", "./nowhere"), "--data ./nowhere", "train.jsonl")
+    assert_has(refusal(*flags, "--data", "nobody/nothing"), "--data nobody/nothing", "train.jsonl")
+    assert_has(refusal(*flags, "--data", "./nowhere"), "--data ./nowhere", "train.jsonl")
 
 
 def test_rows_of_another_task(refusal):
-    says(refusal(*FLAGS, "--task", "arc_challenge"), "train.jsonl:1", "arc_challenge", "choices")
+    line = refusal(*FLAGS, "--task", "arc_challenge")
+    assert_has(line, "train.jsonl:1", "arc_challenge", "choices")
 
 
-def test_longer_than_the_context(refusal):
-    says(refusal(*FLAGS, "--L", 300), "train.jsonl:1", "--L 300", "256")
+def test_question_longer_than_the_context(refusal):
+    assert_has(refusal(*FLAGS, "--L", 300), "train.jsonl:1", "--L 300", "256")
     write_rows("data", n=3, question="On Monday? " * 150)
-    says(refusal(*FLAGS), "train.jsonl:1", "256", "--L 8")
+    assert_has(refusal(*FLAGS), "train.jsonl:1", "256", "--L 8")
 
 
 # ---- models
 
 @pytest.mark.parametrize("model", ["nobody/nothing", "./nowhere"])
-def test_model_that_is_not_there(model, refusal):
+def test_missing_model(model, refusal):
     for flags in ([], ["--plan", 1]):
-        says(refusal(*FLAGS, "--model", model, *flags), f"--model {model}", "directory")
+        assert_has(refusal(*FLAGS, "--model", model, *flags), f"--model {model}", "directory")
         assert not Path("out").exists()
 
 
@@ -185,32 +187,32 @@ def test_model_that_is_not_there(model, refusal):
     (Qwen2Config(use_sliding_window=True, max_window_layers=9), "layers"),
 ], ids=lambda v: getattr(v, "model_type", None))  # fmt: skip
 def test_unsupported_architecture(config, word, refusal):
-    """Refused by its configuration alone: its weights are not even there."""
+    """The configuration alone decides: there are no weights here."""
     AutoTokenizer.from_pretrained(TOY).save_pretrained("model")
     config.save_pretrained("model")
     for flags in ([], ["--plan", 1]):
-        says(refusal(*FLAGS, "--model", "model", *flags), "--model model", word, "Llama")
+        assert_has(refusal(*FLAGS, "--model", "model", *flags), "--model model", word, "Llama")
         assert not Path("out").exists()
 
 
 def copy_of_toy(**settings):
-    """The toy as ./model, with other values in all of its settings files."""
+    """Copies the toy to ./model, and changes values in all of its JSON settings."""
     shutil.copytree(TOY, "model")
     for name in ("config", "generation_config", "tokenizer_config"):
         path = Path("model", f"{name}.json")
-        known = json.loads(path.read_text())
-        path.write_text(json.dumps({k: settings.get(k, v) for k, v in known.items()}))
+        before = json.loads(path.read_text())
+        path.write_text(json.dumps({k: settings.get(k, v) for k, v in before.items()}))
 
 
-TOYS = json.loads((TOY / "config.json").read_text())
+TOY_CONFIG = json.loads((TOY / "config.json").read_text())
 
 
 @pytest.mark.parametrize("name, text, words", [
     ("config.json", None, ["model_type"]), ("config.json", "{nope", ["JSON"]),
     ("config.json", "[]", ["no whole model"]),
-    ("config.json", json.dumps(TOYS | dict(hidden_size="wide")), ["hidden_size"]),
-    ("config.json", json.dumps(TOYS | dict(num_attention_heads=0)), ["Zero"]),
-    ("config.json", json.dumps(TOYS | dict(hidden_size=64)), ["weights"]),
+    ("config.json", json.dumps(TOY_CONFIG | dict(hidden_size="wide")), ["hidden_size"]),
+    ("config.json", json.dumps(TOY_CONFIG | dict(num_attention_heads=0)), ["Zero"]),
+    ("config.json", json.dumps(TOY_CONFIG | dict(hidden_size=64)), ["weights"]),
     ("tokenizer.json", None, ["tokenizer"]), ("tokenizer.json", "{nope", ["JSON"]),
     ("tokenizer.json", "\udcff", ["utf-8"]), ("tokenizer_config.json", "[1", ["JSON"]),
     ("chat_template.jinja", "{% if", ["chat template"]),
@@ -226,20 +228,20 @@ def test_damaged_model_directory(name, text, words, refusal):
     if text is not None:
         path.write_bytes(text.encode(errors="surrogateescape"))
     line = refusal(*FLAGS, "--model", "model")
-    says(line, *words)
+    assert_has(line, *words)
     assert "model" in line and not Path("out").exists()
 
 
 def test_tokenizer_without_eos(refusal):
     copy_of_toy(eos_token=None, eos_token_id=None)
-    says(refusal(*FLAGS, "--model", "model"), "--model model", "EOS")
+    assert_has(refusal(*FLAGS, "--model", "model"), "--model model", "EOS")
 
 
 def test_model_without_weights(refusal):
-    """It must not leave a half-begun run behind that is then in the way of the next try."""
+    """It must not leave a partial run in --out that would block the next try."""
     copy_of_toy()
     Path("model", "model.safetensors").unlink()
-    says(refusal(*FLAGS, "--model", "model"), "model.safetensors")
+    assert_has(refusal(*FLAGS, "--model", "model"), "model.safetensors")
     shutil.copy(TOY / "model.safetensors", "model")
     assert not latro.main([*FLAGS, "--model", "model"])
 
@@ -254,35 +256,35 @@ def finished(tmp_path_factory):
 def test_out_holds_another_run(finished, refusal):
     before = contents(finished)
     line = refusal(*TINY, "--steps", 1, "--out", finished)
-    says(line, f"--out {finished}", "--resume", "another")
+    assert_has(line, f"--out {finished}", "--resume", "another")
     assert contents(finished) == before
 
 
 def test_out_holds_a_model(refusal):
     shutil.copytree(TOY, "out")
     before = contents("out")
-    says(refusal(*FLAGS), "--out out", "model", "another")
+    assert_has(refusal(*FLAGS), "--out out", "model", "another")
     assert contents("out") == before
 
 
-def test_resume_of_what_is_no_run(refusal):
-    """It would write over somebody's model."""
+def test_resume_of_a_model(refusal):
+    """A model without latro.json is not a run: resuming would overwrite it."""
     shutil.copytree(TOY, "out")
     before = contents("out")
-    says(refusal(*FLAGS, "--resume"), "out")
+    assert_has(refusal(*FLAGS, "--resume"), "out")
     assert contents("out") == before
 
 
 def test_out_is_a_file(refusal):
     Path("out").write_text("precious")
-    says(refusal(*FLAGS), "out")
+    assert_has(refusal(*FLAGS), "out")
     assert Path("out").read_text() == "precious"
 
 
-def test_resume_with_other_flags(finished, refusal):
+def test_resume_with_changed_flags(finished, refusal):
     before = contents(finished)
     line = refusal("--resume", "--K", 4, "--lr", 0.1, "--questions", 2, "--out", finished)
-    says(line, "--K 3 -> 4", "--lr 0.0003 -> 0.1", "another --out")
+    assert_has(line, "--K 3 -> 4", "--lr 0.0003 -> 0.1", "another --out")
     assert "--questions" not in line  # given, but the same
     assert contents(finished) == before
 
@@ -296,24 +298,25 @@ def test_resume_with_other_flags(finished, refusal):
     ("samples.jsonl", None, ["samples.jsonl"]), ("metrics.jsonl", None, ["metrics.jsonl"]),
 ])  # fmt: skip
 def test_damaged_run(name, text, words, finished, refusal):
-    """What is not damaged stays as it was."""
+    """Files that are not damaged stay as they were."""
     shutil.copytree(finished, "out")
     path = Path("out", name)
     path.unlink()
     if text is not None:
         path.write_bytes(text.encode(errors="surrogateescape"))
     before = contents("out")
-    says(refusal("--resume", "--out", "out"), *words)
+    assert_has(refusal("--resume", "--out", "out"), *words)
     after = contents("out")
     assert {k: v for k, v in after.items() if k in before} == before
 
 
-# ---- a run that goes wrong
+# ---- a run that diverges
 
 def test_gradient_that_is_not_finite(refusal):
-    """The second update: an enormous rate made the first one a disaster. The checkpoint stays."""
+    """An enormous learning rate ruins the weights in the first update, so the second one fails. The
+    checkpoint of the first stays."""
     flags = [*TINY, "--steps", 3, "--lr", 1e30, "--save-every", 1, "--out", "out"]
-    says(refusal(*flags), "update 2", "--lr", "out")
+    assert_has(refusal(*flags), "update 2", "--lr", "out")
     assert [p.name for p in Path("out", "state").glob("step-*")] == ["step-000001"]
     assert [row["step"] for row in rows("out")] == [1]
     AutoModelForCausalLM.from_pretrained("out")
@@ -325,15 +328,15 @@ def test_weights_that_are_not_finite(refusal):
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, "model/model.safetensors", {"format": "pt"})
     line = refusal(*TINY, "--model", "model", "--task", "toy", "--steps", 1)
-    says(line, "update 1", "not finite", "train.jsonl:")
+    assert_has(line, "update 1", "not finite", "train.jsonl:")
     assert not Path("out", "model.safetensors").exists()
 
 
-def test_rate_that_overflows_while_resuming(refusal):
-    """The same, begun anew from a checkpoint: what was there before is there afterwards."""
+def test_gradient_that_is_not_finite_after_resuming(refusal):
+    """The same in a resumed run: its checkpoint and logs stay as they were."""
     out = start(*TINY, "--steps", 3, "--save-every", 1, "--lr", 1e30, out="out", stop=1)
     kinds = (".safetensors", ".distcp", ".jsonl")
     before = {k: v for k, v in contents(out).items() if k.suffix in kinds}
-    says(refusal("--resume", "--out", "out"), "update 2")
+    assert_has(refusal("--resume", "--out", "out"), "update 2")
     after = contents(out)
     assert before and all(after[k] == v for k, v in before.items())

@@ -1,6 +1,6 @@
 """Compiles every kernel for a GPU that is not there, exactly as the wrappers would launch it there.
 
-    python tests/aot.py 90        one JSON line a kernel: what it costs on sm_90
+    python tests/kernels/aot.py 90        one JSON line per kernel: what it costs on sm_90
 
 A stand-in for the driver names the target, a launch only compiles, and ptxas and cuobjdump, which
 come with Triton, say what became of it. Values are checked elsewhere, by interpreter.
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import triton

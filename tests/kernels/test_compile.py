@@ -1,4 +1,4 @@
-"""Every kernel compiled for GPUs that are not there: tests/aot.py says how.
+"""Proves what every kernel costs, compiled for GPUs that are not there: see aot.py.
 
 Also on another Triton, where TRITON_ASIDE names its folder:
     pip install --no-deps --target DIR triton==3.6.0
@@ -32,7 +32,7 @@ def processes(tmp_path_factory):
             path = dict(TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("cache")))
             path |= dict(PYTHONPATH=folder) if folder else {}
             started[build] = subprocess.Popen(
-                [sys.executable, ROOT / "tests" / "aot.py", arch], env=os.environ | path,
+                [sys.executable, ROOT / "tests" / "kernels" / "aot.py", arch], env=os.environ | path,
                 text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     yield started
     for process in started.values():

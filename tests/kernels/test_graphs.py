@@ -1,24 +1,24 @@
-"""What a CUDA graph asks of a decoding step, without CUDA: a tape takes its place.
+"""Proves, without CUDA, that a decoding step can be captured as a CUDA graph: a tape stands for it.
 
-The tape notes every operation of a step with the very tensors it was called on, and plays them
-again: a step that hung on a number in Python, on a tensor made anew, or on what the host reads from
-the device would play something else."""
+The tape records every operation of a step with the tensors it was called on, and replays them. A
+step that depends on a number in Python, on a newly made tensor, or on what the host reads from the
+device would replay something else."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels
-from kernels import sampler
-from test_tree import CONFIGS, EOS, PROMPTS, STOPS, model, told
+import latro
+from kernels import decode
+from test_latro_tree import CONFIGS, EOS, PROMPTS, STOPS, continued, model
 
 WAITS = "_local_scalar_dense", "nonzero", "unique", "masked_select", "equal"  # the host for it
 MADE = "scalar_tensor", "lift_fresh"  # on the host, and copied
 
 
 class Tape(TorchDispatchMode):
-    """Looks like a CUDA graph, but that what is recorded is also run: the first replay is it."""
+    """Like a CUDA graph, except that capturing also runs: the first replay does nothing."""
 
     def __init__(self, function):
         super().__init__()
@@ -28,7 +28,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, call, types, args=(), kwargs=None):
         name = call.overloadpacket.__name__
-        assert not any(other in name for other in WAITS + MADE), f"the host has to do with {name}"
+        assert not any(other in name for other in WAITS + MADE), f"{name} involves the host"
         made = call(*args, **(kwargs or {}))
         self.calls.append((call, args, kwargs or {}, made))
         return made
@@ -46,15 +46,15 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def tapes(monkeypatch):
-    """Sampling at a GPU's pace, in small: all tapes that it makes."""
+    """Sampling at a GPU's pace, in small. Returns the list of all tapes that it makes."""
     made = []
 
     def record(function, before):
         made.append(Tape(function))
         return made[-1]
-    monkeypatch.setattr(sampler, "record", record)
+    monkeypatch.setattr(decode, "capture_graph", record)
     monkeypatch.setattr(decode.CUDAGraphRunner, "latest", None)
-    monkeypatch.setitem(decode.PACES, "cpu", decode.Pace(look=3, columns=8, graphs=True))
+    monkeypatch.setitem(decode.PACES, "cpu", decode.Pace(3, 8, True))
     return made
 
 
@@ -65,35 +65,38 @@ def drawn(policy, uniform, **how):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_recorded_is_not_recorded(name, temperature, tapes, monkeypatch):
-    """The same samples step by step, each with its end and with an answer behind it."""
+def test_captured_equals_step_by_step(name, temperature, tapes, monkeypatch):
+    """The same samples, each with its end and with an answer after it."""
     policy = model(name)
     uniform = torch.rand(len(PROMPTS) * 8, 26, generator=torch.Generator().manual_seed(2))
-    recorded = drawn(policy, uniform, temperature=temperature, room=6)
+    recorded = drawn(policy, uniform, temperature=temperature, max_answer_tokens=6)
     assert len({len(ids) for ids, *_ in recorded}) > 5
     assert tapes and sum(tape.played for tape in tapes) > 2 * len(tapes)
     for pace in (decode.Pace(3, 8, False), decode.Pace(1, 1, False)):
         monkeypatch.setitem(decode.PACES, "cpu", pace)
-        assert drawn(policy, uniform, temperature=temperature, room=6) == recorded
+        again = drawn(policy, uniform, temperature=temperature, max_answer_tokens=6)
+        assert again == recorded
 
 
-def test_recorded_greedily(tapes, monkeypatch):
+def test_captured_greedily(tapes, monkeypatch):
     policy = model("llama")
-    sample = lambda: latro.sample_rationales(policy, PROMPTS, STOPS, [-1], 1, 30, None)
+
+    def sample():
+        return latro.sample_rationales(policy, PROMPTS, STOPS, [-1], 1, 30, None)
     recorded = sample()
     monkeypatch.setitem(decode.PACES, "cpu", decode.Pace(1, 1, False))
     assert tapes and sample() == recorded
 
 
-def test_few_recordings(tapes):
+def test_few_captures(tapes):
     """One for each number of rows and of columns: rows end at 1, 2, ..., 64 tokens."""
     first = torch.arange(100 - 64, 100).repeat(4).tolist()
-    told(first, 70, 0, [], [99])
+    continued(first, 70, 0, [], [99])
     assert len(tapes) <= 64 // 8 + 8
 
 
-def test_what_nobody_sees_may_be_anything(tapes, monkeypatch):
-    """Columns that are not written yet are made of zeros: 0 x NaN would be NaN."""
+def test_unwritten_columns_have_no_effect(tapes, monkeypatch):
+    """Columns of the cache that are not written yet are zeros: 0 x NaN would be NaN."""
     empty = torch.Tensor.new_empty
     uniform = torch.rand(len(PROMPTS), 20, generator=torch.Generator().manual_seed(2))
     policy, ids = model("llama"), drawn(model("llama"), uniform)

@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from conftest import TINY, launch, rows, start, untimed
 
 import kernels
-import test_estimator
+import latro
+import test_latro_estimator as test_estimator
 from test_distributed import close
-from test_estimator import BATCH, error, in_one_piece, one_by_one
+from test_latro_estimator import BATCH, error, in_one_piece, one_by_one
 
 triton = pytest.importorskip("triton")
 from kernels import rationale_score, reference, token_logprob
@@ -603,7 +604,7 @@ def test_second_derivatives_are_refused():
 # ------------------------------------------------------- 5. score_rationales
 
 def packed(K, groups=3, longest=(6, 5), seed=0, scale=1.0, dtype=torch.float32):
-    """logp, logp0, offsets: ragged; every third z and every seventh y empty."""
+    """logp, logp0, spans: ragged; every third z and every seventh y empty."""
     rng = np.random.default_rng([K, seed])
     lengths = np.stack([rng.integers(1, n + 1, groups * K) for n in longest], 1)
     lengths[::3, 0], lengths[::7, 1] = 0, 0
@@ -629,10 +630,10 @@ def agree(found, wanted, scale=1.0):
             assert off(x, y) <= 2e-6 * max(scale, largest(y)), name
 
 
-def in_float64(logp, logp0, offsets, K, beta, **options):
+def in_float64(logp, logp0, spans, K, beta, **options):
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     return latro.score_rationales.__wrapped__(logp.double(), None if logp0 is None else logp0.double(),
-                                      *offsets, K, beta, **wide)
+                                      *spans, K, beta, **wide)
 
 
 OPTIONS = dict(
@@ -648,26 +649,26 @@ OPTIONS = dict(
 def test_scores_one_by_one(K, options, scale):
     """Against plain Python, a rationale at a time: rewards near to and far from each other; with a
     reference or without; penalties of each, of all or none."""
-    logp, logp0, offsets = packed(K, groups=2, scale=scale)
-    each = torch.arange(len(offsets[0])) % 3 * 0.75
+    logp, logp0, spans = packed(K, groups=2, scale=scale)
+    each = torch.arange(len(spans[0])) % 3 * 0.75
     for prior, beta, penalty in ((logp0, 0.3, each), (logp0, 0.0, 0.0), (None, 0.3, 1.5)):
-        found = score(logp, prior, *offsets, K, beta, penalty=penalty, **OPTIONS[options])
+        found = score(logp, prior, *spans, K, beta, penalty=penalty, **OPTIONS[options])
         wanted = [*one_by_one(
-            logp.tolist(), None if prior is None else prior.tolist(), [*zip(*map(list, offsets))],
+            logp.tolist(), None if prior is None else prior.tolist(), [*zip(*map(list, spans))],
             K, beta, penalty=torch.as_tensor(penalty).expand(len(each)).tolist(),
             **OPTIONS[options])]
         wanted[1] = None if prior is None else wanted[1]
         agree(found, wanted)
         if prior is not None and not beta:  # a reference that has no say is still reported
-            agree(found, in_float64(logp, prior, offsets, K, beta, **OPTIONS[options]))
+            agree(found, in_float64(logp, prior, spans, K, beta, **OPTIONS[options]))
 
 
 @pytest.mark.parametrize("bound", ["elbo", "iwae"])
 @pytest.mark.parametrize("K, groups", [(2, 1), (3, 1), (100, 1), (2, 40), (5, 10)])
 def test_one_question_and_many(K, groups, bound):
-    logp, logp0, offsets = packed(K, groups)
-    agree(score(logp, logp0, *offsets, K, 0.05, bound=bound),
-          in_float64(logp, logp0, offsets, K, 0.05, bound=bound))
+    logp, logp0, spans = packed(K, groups)
+    agree(score(logp, logp0, *spans, K, 0.05, bound=bound),
+          in_float64(logp, logp0, spans, K, 0.05, bound=bound))
 
 
 @pytest.mark.parametrize("bound", ["elbo", "iwae"])
@@ -680,48 +681,48 @@ def test_lengths_about_a_block_and_far_beyond(longest, K, bound):
     lengths = rng.integers(0, 4, (2 * K, 2))
     lengths[K + 1] = longest
     edges = torch.tensor([0, *lengths.cumsum().tolist()])
-    offsets = edges[:-1:2], edges[1::2], edges[2::2]
+    spans = edges[:-1:2], edges[1::2], edges[2::2]
     logp, logp0 = torch.tensor(-rng.random((2, int(edges[-1])))).float()
-    agree(score(logp, logp0, *offsets, K, 0.05, bound=bound),
-          in_float64(logp, logp0, offsets, K, 0.05, bound=bound), scale=sum(longest))
+    agree(score(logp, logp0, *spans, K, 0.05, bound=bound),
+          in_float64(logp, logp0, spans, K, 0.05, bound=bound), scale=sum(longest))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("values", DTYPES, ids=str)
-def test_dtypes_of_offsets_and_of_log_probs(dtype, values):
+def test_dtypes_of_spans_and_of_log_probs(dtype, values):
     """Half precision is summed in float32."""
-    logp, logp0, offsets = packed(5, longest=(60, 9), dtype=values)
-    found = score(logp, logp0, *(x.to(dtype) for x in offsets), 5, 0.3)
-    agree(found, in_float64(logp, logp0, offsets, 5, 0.3), scale=30)
+    logp, logp0, spans = packed(5, longest=(60, 9), dtype=values)
+    found = score(logp, logp0, *(x.to(dtype) for x in spans), 5, 0.3)
+    agree(found, in_float64(logp, logp0, spans, 5, 0.3), scale=30)
 
 
 @pytest.mark.parametrize("penalty", [torch.float64, torch.bfloat16, torch.int64, torch.bool])
 def test_dtypes_of_penalties(penalty):
-    logp, logp0, offsets = packed(5)
-    each = (torch.arange(len(offsets[0])) % 3 > 1).to(penalty)
-    agree(score(logp, logp0, *offsets, 5, 0.3, penalty=each),
-          in_float64(logp, logp0, offsets, 5, 0.3, penalty=each))
+    logp, logp0, spans = packed(5)
+    each = (torch.arange(len(spans[0])) % 3 > 1).to(penalty)
+    agree(score(logp, logp0, *spans, 5, 0.3, penalty=each),
+          in_float64(logp, logp0, spans, 5, 0.3, penalty=each))
 
 
 def test_layout_of_what_is_scored():
-    logp, logp0, offsets = packed(5)
-    each = torch.rand(len(offsets[0]))
-    found = score(spaced(logp), spaced(logp0), *map(spaced, offsets), 5, 0.3, penalty=spaced(each))
-    wanted = score(logp, logp0, *(x.contiguous() for x in offsets), 5, 0.3, penalty=each)
+    logp, logp0, spans = packed(5)
+    each = torch.rand(len(spans[0]))
+    found = score(spaced(logp), spaced(logp0), *map(spaced, spans), 5, 0.3, penalty=spaced(each))
+    wanted = score(logp, logp0, *(x.contiguous() for x in spans), 5, 0.3, penalty=each)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted))
 
 
 @pytest.mark.parametrize("bound", ["elbo", "iwae"])
 def test_tokens_of_no_rationale_have_weight_0(bound):
     """Before the first, between two and after the last: they count nowhere, not even as NaN."""
-    logp, logp0, offsets = packed(5)
-    gap, n = 4, len(offsets[0])
+    logp, logp0, spans = packed(5)
+    gap, n = 4, len(spans[0])
     shift = gap * torch.arange(1, n + 1)  # before each rationale
-    place = torch.cat([torch.arange(a, b) + s for a, b, s in zip(offsets[0], offsets[2], shift)])
+    place = torch.cat([torch.arange(a, b) + s for a, b, s in zip(spans[0], spans[2], shift)])
     wide, wide0 = (torch.full((len(x) + gap * (n + 1),), torch.nan) for x in (logp, logp0))
     wide[place], wide0[place] = logp, logp0
-    found = score(wide, wide0, *(x + shift for x in offsets), 5, 0.3, bound=bound)
-    wanted = score(logp, logp0, *offsets, 5, 0.3, bound=bound)
+    found = score(wide, wide0, *(x + shift for x in spans), 5, 0.3, bound=bound)
+    wanted = score(logp, logp0, *spans, 5, 0.3, bound=bound)
     assert all(torch.equal(a, b) for a, b in zip(found[:-1], wanted[:-1]))
     assert torch.equal(found.weights[place], wanted.weights)
     outside = torch.ones(len(wide), dtype=torch.bool).index_fill_(0, place, False)
@@ -783,22 +784,22 @@ def test_an_impossible_answer(r, bound):
 
 def test_other_questions_do_not_hear_of_it():
     """Not finite in one question, the same as ever in the others."""
-    logp, logp0, offsets = packed(5)
-    wanted = score(logp, logp0, *offsets, 5, 0.3)
-    logp[offsets[0][6]:offsets[2][6]] = torch.nan
-    found = score(logp, logp0, *offsets, 5, 0.3)
+    logp, logp0, spans = packed(5)
+    wanted = score(logp, logp0, *spans, 5, 0.3)
+    logp[spans[0][6]:spans[2][6]] = torch.nan
+    found = score(logp, logp0, *spans, 5, 0.3)
     assert found.advantage[5:10].isnan().all()
     for a, b in zip(found[:-1], wanted[:-1]):
         assert torch.equal(a[:5], b[:5]) and torch.equal(a[10:], b[10:])
 
 
 def test_numbers_of_rationales():
-    logp, logp0, offsets = packed(4, groups=3)
+    logp, logp0, spans = packed(4, groups=3)
     for K in (1, 0, -2):
         with pytest.raises(ValueError, match=f"K = {K}"):
-            score(logp, logp0, *offsets, K, 0.3)
+            score(logp, logp0, *spans, K, 0.3)
     with pytest.raises(RuntimeError):  # 12 rationales in groups of 5
-        score(logp, logp0, *offsets, 5, 0.3)
+        score(logp, logp0, *spans, 5, 0.3)
     none = torch.zeros(0, dtype=torch.int64)
     found = score(logp, logp0, none, none, none, 4, 0.3, total=8)
     assert all(x.shape == (0,) for x in found[:-1])
@@ -807,8 +808,8 @@ def test_numbers_of_rationales():
 
 @pytest.mark.parametrize("bound", ["elbo", "iwae"])
 def test_scores_twice_agree_to_the_bit(bound):
-    logp, logp0, offsets = packed(7, longest=(300, 20))
-    first, second = (score(logp, logp0, *offsets, 7, 0.3, bound=bound) for _ in range(2))
+    logp, logp0, spans = packed(7, longest=(300, 20))
+    first, second = (score(logp, logp0, *spans, 7, 0.3, bound=bound) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -816,9 +817,9 @@ def test_scoring_waits_for_no_device(monkeypatch):
     """One launch, and nothing that brings a number to the host or whose shape hangs on values."""
     seen = Launches()
     monkeypatch.setattr(rationale_score, "score_question", seen)
-    logp, logp0, offsets = packed(5)
+    logp, logp0, spans = packed(5)
     with Watch() as watch:
-        rationale_score.score_rationales(logp, logp0, *offsets, 5, 0.3, penalty=offsets[0] * 0.1)
+        rationale_score.score_rationales(logp, logp0, *spans, 5, 0.3, penalty=spans[0] * 0.1)
     waits = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select",
              "unique", "_to_copy", "repeat_interleave", "segment_reduce", "copy_"}
     assert watch.calls and not waits & {name.split("::")[1].split(".")[0] for name in watch.calls}
@@ -826,8 +827,8 @@ def test_scoring_waits_for_no_device(monkeypatch):
 
 
 def test_no_gradient_passes_through_the_scores():
-    logp, logp0, offsets = packed(5)
-    assert not any(x.requires_grad for x in score(logp.requires_grad_(), logp0, *offsets, 5, 0.3))
+    logp, logp0, spans = packed(5)
+    assert not any(x.requires_grad for x in score(logp.requires_grad_(), logp0, *spans, 5, 0.3))
 
 
 @pytest.mark.parametrize("case", ["penalty", "iwae"])
@@ -855,14 +856,14 @@ def spied(monkeypatch):
 def test_auto_means_torch_without_a_gpu(monkeypatch):
     calls = spied(monkeypatch)
     h, W, targets, _ = problem(5, 9, 4)
-    logp, logp0, offsets = packed(3)
+    logp, logp0, spans = packed(3)
     for name, interpret, fused in (("auto", "0", 0), ("auto", "1", 1), ("triton", "1", 1),
                                    ("torch", "1", 0)):
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
         kernels.use(name)
         calls.clear()
         kernels.token_logprobs(h, W, targets)
-        kernels.score_rationales(logp, logp0, *offsets, 3, 0.3)
+        kernels.score_rationales(logp, logp0, *spans, 3, 0.3)
         assert calls == ({"token_logprobs": 1, "score_rationales": 1} if fused else {}), name
 
 
