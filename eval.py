@@ -277,16 +277,17 @@ def lengths(done: list[dict], L: int) -> dict[str, list[float]]:
                  for row in done])
 
 
+def majorities(row: dict, order: list[int]) -> list[float]:
+    """majority_curve of one question's samples."""
+    said = [s["said"] for s in row["samples"]]
+    forms = [canonical(answer, as_number(row["gold"]) is not None) for answer in said]
+    return majority_curve(forms, [same_answer(answer, row["gold"]) for answer in said], order)
+
+
 def votes(done: list[dict]) -> dict[str, dict]:
     """maj@k and pass@k for k = 1..K (the paper's figure 3b), the same subsets for every row."""
-    rng = np.random.default_rng(0)
-
-    def majorities(row: dict) -> list[float]:
-        said = [s["said"] for s in row["samples"]]
-        forms = [canonical(answer, as_number(row["gold"]) is not None) for answer in said]
-        right = [same_answer(answer, row["gold"]) for answer in said]
-        return majority_curve(forms, right, rng.permutation(len(said)).tolist())
-    return {"maj": band([majorities(row) for row in done]),
+    rng, K = np.random.default_rng(0), len(done[0]["samples"])
+    return {"maj": band([majorities(row, rng.permutation(K).tolist()) for row in done]),
             "pass": band([pass_at_k([s["right"] for s in row["samples"]]) for row in done])}
 
 

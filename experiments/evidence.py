@@ -1,11 +1,11 @@
 """The evidence on the toy: every arm trained, all of them graded on the same questions, and drawn.
 
     python toy/make.py --seed 1 --out runs/second    another base, from another pretraining seed
-    python assets/evidence.py                        train what is missing, grade, draw
+    python experiments/evidence.py                   train what is missing, grade, draw
 
 An arm is latro.py with some flags, or with its credit broken on purpose (the controls). Its runs
 are in {--runs}/{arm}.{seed}, --jobs of them go on at a time, one thread each; eval.py keeps what it
-has graded. So what was made once is not made again. The tables and figures go to --out.
+has graded. So nothing is made twice. Tables go to --out, figures to --pictures.
 """
 
 import argparse
@@ -22,9 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import eval as grading  # noqa: E402
-import kernels  # noqa: E402
 import latro  # noqa: E402
+from harness.checkpoint import atomic_write  # noqa: E402
+from harness.report import digits  # noqa: E402
 
 BASE, SECOND = ROOT / "toy/model", Path("runs/second/model")
 
@@ -70,12 +70,12 @@ def broken_credit(control: str):
     right = latro.score_rationales
 
     def score(logp, logp0, z_start, y_start, end, K, beta, *, total, **options):
-        s = right(logp, logp0, z_start, y_start, end, K, beta, total=total, **options)
-        A = s.advantage.view(-1, K)
+        scores = right(logp, logp0, z_start, y_start, end, K, beta, total=total, **options)
+        A = scores.advantage.view(-1, K)
         A = (torch.zeros_like(A) if control == "zero" else A.roll(1, 1)).flatten()
         for n, (start, stop) in enumerate(zip(z_start.tolist(), y_start.tolist())):
-            s.weights[start:stop] = A[n] / total
-        return s._replace(advantage=A)
+            scores.token_weights[start:stop] = A[n] / total
+        return scores._replace(advantage=A)
 
     return score
 
@@ -122,7 +122,7 @@ def grade(out: Path, jobs: int, *flags) -> dict:
 def line(name: str, columns: tuple[str, ...], found: list[dict]) -> str:
     """Markdown: one seed's means over the questions, or their range over seeds."""
     means = [[r["columns"][c][0] for r in found] for c in columns]
-    ranges = [dict.fromkeys(grading.digits(c, end(m)) for end in (min, max))
+    ranges = [dict.fromkeys(digits(c, end(m)) for end in (min, max))
               for c, m in zip(columns, means)]
     return f"| {' | '.join([name, str(len(found)), *map(' to '.join, ranges)])} |\n"
 
@@ -154,7 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--questions", type=int, default=1000, help="of the test split; 0: all")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--out", type=Path, default=ROOT / "assets")
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments", help="of the tables")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "assets", help="of the figures")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
@@ -176,11 +177,11 @@ def main() -> None:
                            base, "--L", 48, "--questions", args.questions, "--ckpt", *own)
     for name, columns in TABLES.items():
         text = table(columns, arms, held, args.runs)
-        checkpoint.atomic_write(args.out / f"{name}.md", text)
+        atomic_write(args.out / f"{name}.md", text)
         print(text)
     record = json.dumps([*held.values()], indent=1).replace(f"{ROOT}/", "")
-    checkpoint.atomic_write(args.out / "evidence.json", record)
-    draw(args.runs, args.jobs, args.out)
+    atomic_write(args.out / "evidence.json", record)
+    draw(args.runs, args.jobs, args.pictures)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """A small real model on real data: SmolLM2-135M-Instruct learns on GSM8K, graded there and on ARC.
 
-    python assets/real_model.py                                   from the hub, until all is done
-    python assets/real_model.py --model smollm2 --data data --minutes 9.5     one slice of it
+    python experiments/real_model.py                              from the hub, until all is done
+    python experiments/real_model.py --model smollm2 --data data --minutes 9.5   one slice of it
 
 When its minutes are over a slice lets the run in hand finish its update and save, and exits with
-code 75: call it again and it goes on. What was done once is not done again. Arms, graded beside the
+code 75: call it again and it goes on. What was done once is not done again. Arms, graded together with the
 raw model:
 
     warm_up      SFT on gold rationales, short: it teaches the format
@@ -12,9 +12,9 @@ raw model:
     latro_raw    LaTRO from the raw model, without the help of any rationale
     latro_warm   LaTRO from the warm-up
 
-Of each run the state with the best greedy accuracy on held-out questions is kept, the later of
-equals; the test split has no say. The tables are {--runs}/gsm8k/eval.md and arc_challenge/eval.md.
-Flags behind -- go to every training: python assets/real_model.py --updates 2 -- --K 4 --L 32
+Of each run the state with the best greedy accuracy on held-out questions is kept, the later one of
+a tie; the test split is not used for it. The tables are {--runs}/gsm8k/eval.md and arc_challenge/eval.md.
+Flags after -- go to every training: python experiments/real_model.py --updates 2 -- --K 4 --L 32
 """
 
 import argparse
@@ -32,7 +32,7 @@ TASKS = "gsm8k", "arc_challenge"
 SFT = "--objective sft --questions 32 --lr 1e-5"
 LATRO = "--questions 8 --K 16 --L 200 --lr 1e-5"
 ARMS = {"warm_up": SFT, "sft": SFT, "latro_raw": LATRO, "latro_warm": LATRO}
-ROWS = "latro_raw", "latro_warm", "warm_up"  # of the tables, behind base and sft
+ROWS = "latro_raw", "latro_warm", "warm_up"  # of the tables, after base and sft
 MORE = 75  # the exit code EX_TEMPFAIL of sysexits.h: not an error, call again
 
 
@@ -42,8 +42,8 @@ def rows(path: Path) -> list[dict]:
 
 
 def keep_best(run: Path, best: Path) -> None:
-    """Copies the model that `run` has just saved, where no earlier look at the held-out questions
-    was better. A state gets its name when the model beside it is whole."""
+    """Copies the model that `run` has just saved, unless an earlier evaluation on the held-out
+    questions was better. A state gets its name after the model has been written whole."""
     states = sorted((run / "state").glob("step-*"))
     looks = {r["step"]: r["greedy"] for r in rows(run / "evals.jsonl")}
     step = int(states[-1].name.removeprefix("step-")) if states else 0
@@ -119,7 +119,7 @@ def main() -> None:
     add("--graded", type=int, default=0, help="questions of a test split; 0: all (default: 0)")
     add("--k", type=int, default=8, help="samples a question (default: 8)")
     add("--batch", type=int, default=64, help="questions graded at a time (default: 64)")
-    add("flags", nargs="*", help="behind --: flags of latro.py for every training")
+    add("flags", nargs="*", help="after --: flags of latro.py for every training")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     for name in ARMS:

@@ -10,8 +10,9 @@ import pytest
 
 import eval as grading
 import latro
+from harness import errors, report, statistics
 from conftest import ROOT, TINY, TOY, launch, start
-from test_distributed import close
+from test_distributed import assert_close
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,8 @@ def test_processes_change_nothing(graded, run, tmp_path):
                           script=ROOT / "eval.py")
     assert code == 0, err
     held = json.loads(Path(tmp_path, "eval.json").read_text())
-    close(held["rows"], graded["rows"], rel=1e-4)
-    close(held["results"], graded["results"], rel=1e-4)
+    assert_close(held["rows"], graded["rows"], rel=1e-4)
+    assert_close(held["results"], graded["results"], rel=1e-4)
 
 
 def test_goes_on_where_it_was_interrupted(graded, run, tmp_path, monkeypatch, capsys):
@@ -122,7 +123,7 @@ def test_columns():
                      sample("4.0", -2.0, 1.0, True, 4, z="so 3")], text="It is 5, so 4")
     r["given"] = dict(template=-0.1, answer=-0.5, end=-0.25)
     found = grading.columns(r)
-    assert [*found] == [name for names in grading.TABLES for name in names]
+    assert [*found] == [name for names in report.TABLES for name in names]
     assert found == pytest.approx({
         "greedy": 0, "loose": 1, "T = 1": 2 / 3, "maj@k": 1, "pass@k": 1, "log p(y|x)": -2.5,
         "log p(y|x+gold)": -0.75, "log p(y|x+other)": None, "log p(y|x+z)": -2, "ELBO": -3,
@@ -142,7 +143,7 @@ def test_what_nothing_is_known_of():
     of = {name: row["columns"] for name, row in grading.results(rows).items()}
     assert of["base"]["follows"] == of["base"]["r ~ right"] == (None, None, None)
     assert of["run"]["follows"].mean == 0.5 and of["run"]["r ~ right"].mean == pytest.approx(1)
-    assert "nan" not in grading.markdown(grading.results(rows), 2)
+    assert "nan" not in report.markdown(grading.results(rows), 2)
 
 
 def test_an_answer_follows_by_what_it_says():
@@ -165,7 +166,7 @@ def test_nan_is_not_left_out():
 def test_estimates():
     """Of a Bernoulli mean: the quantiles of the binomial distribution; a constant has no width."""
     values = np.array([[1.0, 7.0]] * 30 + [[0.0, 7.0]] * 70)
-    share, constant = grading.estimates(values)
+    share, constant = statistics.estimates(values)
     assert constant == pytest.approx((7, 7, 7))
     assert share.mean == 0.3
     probability = [math.comb(100, i) * 0.3**i * 0.7**(100 - i) for i in range(101)]
@@ -182,7 +183,7 @@ def test_mcnemar_by_enumeration():
         after = [True] * mended + [False] * broken + [True, False]
         seen = abs(mended - broken)
         p = sum(abs(2 * sum(ways) - n) >= seen for ways in itertools.product((0, 1), repeat=n))
-        assert grading.mcnemar(before, after) == (mended, broken, pytest.approx(p / 2**n))
+        assert statistics.mcnemar(before, after) == (mended, broken, pytest.approx(p / 2**n))
 
 
 def test_gains_are_paired():

@@ -9,9 +9,8 @@ import torch
 from conftest import TOY, rows, write_rows
 
 import eval as grading
-import kernels
 import latro
-from assets import evidence, real_model
+from experiments import evidence, real_model
 
 
 @pytest.mark.parametrize("control", ["zero", "shuffled"])
@@ -21,16 +20,16 @@ def test_broken_credit(control):
     edges = torch.arange(0, 26, 2)
     logp = -torch.rand(24, generator=draw)
     given = logp, logp - 0.1, edges[:-1:2], edges[1::2], edges[2::2], K, 0.05
-    right = kernels.score_rationales(*given, total=6.0)
+    right = latro.score_rationales(*given, total=6.0)
     broken = evidence.broken_credit(control)(*given, total=6.0)
     A = right.advantage.view(2, K)
     A = torch.zeros_like(A) if control == "zero" else A[:, [2, 0, 1]]
     assert torch.equal(broken.advantage, A.flatten()) and torch.equal(broken.reward, right.reward)
     spans = torch.arange(24) // 2
     z = spans % 2 == 0
-    assert torch.equal(broken.weights[~z], right.weights[~z])
-    assert torch.allclose(broken.weights[z], A.flatten()[spans[z] // 2] / 6)
-    assert not torch.allclose(broken.weights[z], right.weights[z])
+    assert torch.equal(broken.token_weights[~z], right.token_weights[~z])
+    assert torch.allclose(broken.token_weights[z], A.flatten()[spans[z] // 2] / 6)
+    assert not torch.allclose(broken.token_weights[z], right.token_weights[z])
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Answers are graded as a reader would: a table of replies, properties of any text, the real data
-sets, and lm-evaluation-harness's own GSM8K filters beside ours.
+"""Proves that answers are graded as a reader would: replies, properties of any text, real data.
+
+lm-evaluation-harness's own GSM8K filters are compared with ours.
 
     pip install hypothesis                for the properties
     pip install --no-deps lm-eval         for its filters; they import nothing else but numpy
@@ -17,10 +18,10 @@ from types import ModuleType
 import pytest
 
 from conftest import ROOT
-from answers import (
+from harness.answers import (
     TEMPLATE, answer_in, as_number, canonical, flexible, fold, majority, same_answer, strict)
 
-DATA = ROOT.parent / "shared" / "data"  # the two data sets, where the repository has them beside it
+DATA = ROOT.parent / "shared" / "data"  # the two data sets, where they are there
 YES, NO = True, False
 
 

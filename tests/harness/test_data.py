@@ -1,5 +1,6 @@
-"""Text in and text out: answers are graded as a reader would, real rows become questions, and token
-ids are those that the tokenizer itself writes: one BOS, whole templates, no guess from an id."""
+"""Proves that real rows become questions and that token ids are those the tokenizer itself writes.
+
+One BOS, whole templates, nothing guessed from an id; and answers are compared as a reader would."""
 
 import json
 from copy import copy
@@ -13,11 +14,11 @@ from tokenizers import (
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast)
 
-import kernels
 import latro
 from conftest import ROOT, TOY
+from harness import answers, data, distributed, errors
 
-DATA = ROOT.parent / "shared" / "data"  # the two data sets, where the repository has them beside it
+DATA = ROOT.parent / "shared" / "data"  # the two data sets, where they are there
 FILES = [("gsm8k", "train", 7473), ("gsm8k", "test", 1319), ("arc_challenge", "train", 1119),
          ("arc_challenge", "test", 1172)]
 
@@ -63,8 +64,9 @@ def test_real_rows(task, split, count):
     read = data.read_rows(args, split)
     assert len(read) == count
     for _, row in read:
-        ask, gold, rationale = (text.strip() for text in data.TASKS[task](row))
-        assert row["question"].strip() in ask and ask.endswith("Let's think step by step.") and gold
+        question, gold, rationale = (text.strip() for text in data.TASKS[task](row))
+        assert row["question"].strip() in question and gold
+        assert question.endswith("Let's think step by step.")
         assert answers.same_answer(f" {gold}.", gold)
         if task == "gsm8k":
             assert row["answer"].endswith(f"#### {gold}") and rationale
@@ -73,7 +75,7 @@ def test_real_rows(task, split, count):
         else:
             options = dict(zip(row["choices"]["label"], row["choices"]["text"]))
             assert gold == options[row["answerKey"]].strip()
-            assert all(o in ask for o in options.values())
+            assert all(o in question for o in options.values())
             others = {o.casefold().strip(" .") for o in options.values()}
             others.discard(gold.casefold().strip(" ."))
             assert not any(answers.same_answer(o, gold) for o in others), row
@@ -85,7 +87,7 @@ def test_gsm8k_rationale_reads_as_text():
         "How many? Let's think step by step.", "1,024", "He has 48/2 = 24 clips."]
 
 
-def test_rows_are_lines_whatever_they_hold(tmp_path):
+def test_rows_are_lines_whatever_they_contain(tmp_path):
     """Only "\\n" ends a line: Unicode's other line ends are ordinary characters in JSON."""
     texts = ["one\u2028two", "one\u0085two", "one\u2029two", "\u00e9\u4e00"]
     lines = [json.dumps(dict(question=t, answer="3"), ensure_ascii=False) for t in texts]
@@ -101,8 +103,7 @@ def test_rows_are_lines_whatever_they_hold(tmp_path):
         choices=dict(text=["sand", "sea"], label=["A", "B"]))),
 ])
 def test_rows_of_the_hub(task, config, row, toy, tmp_path, monkeypatch):
-    """What `datasets` makes of the same rows, where no directory has them: the hub itself is not
-    asked here."""
+    """The same rows read through `datasets`, without a directory. The hub itself is not asked."""
     datasets = pytest.importorskip("datasets")
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     monkeypatch.chdir(tmp_path)
@@ -113,8 +114,8 @@ def test_rows_of_the_hub(task, config, row, toy, tmp_path, monkeypatch):
         return load("json", data_files=dict(train="train.jsonl"), cache_dir="cache")
     monkeypatch.setattr(datasets, "load_dataset", from_here)
     args = latro.Args(task=task, data="some/name")
-    [(where, found)] = data.read_rows(args, "train")
-    assert asked == [("some/name", config)] and where == "some/name train 0"
+    [(place, found)] = data.read_rows(args, "train")
+    assert asked == [("some/name", config)] and place == "some/name train 0"
     assert data.TASKS[task](found) == data.TASKS[task](row)
     assert data.read_rows(args, "validation") == []
     if "id" in row:
@@ -136,7 +137,7 @@ def test_plain_prompt_and_answer(toy):
     decode = toy.tokenizer.decode
     assert decode(e.x) == "Question: How many cookies are left?\nAnswer:"
     assert decode(e.answer) == " 18.<eos>" and e.answer[-1] == toy.turn_end == toy.eos[0]
-    assert (e.ask, e.gold, e.z) == ("How many cookies are left?", "18", [])
+    assert (e.question, e.gold, e.z) == ("How many cookies are left?", "18", [])
     e = toy.example("here", dict(question="How many?", answer="3", rationale="Monday 1 + 2 = 3."))
     assert decode(e.z) == " Monday 1 + 2 = 3."
 
@@ -144,7 +145,7 @@ def test_plain_prompt_and_answer(toy):
 def test_templates_are_those_that_models_write(toy):
     """Released-code defect 9: " The answer is" and "The answer is" tokenise differently."""
     decode = toy.tokenizer.decode
-    assert decode(toy.join) == decode(toy.lead) == " The answer is"
+    assert decode(toy.template_after_z) == decode(toy.template_at_start) == " The answer is"
     assert [decode(s) for s in toy.stops] == [" The answer is"]  # its words have but one form
     reply = toy.tokenizer("Monday 1 + 2 = 3. The answer is 3.")["input_ids"]
     assert any(list(s) == reply[i:i + len(s)] for s in toy.stops for i in range(len(reply)))
@@ -188,17 +189,17 @@ def test_chat_prompt_comes_straight_from_the_template():
     assert tokenizer.decode(e.x) == "<s><|user|>\nHow many?<|end|>\n<|assistant|>\n"
     assert tokenizer.decode(e.answer) == " 18.<|end|>"  # not </s>: so the template ends a turn
     assert tokenizer.decode(e.z) == "5 + 1 = 6."
-    reply = f"5 + 1 = 6.{tokenizer.decode(codec.join)} 18."
+    reply = f"5 + 1 = 6.{tokenizer.decode(codec.template_after_z)} 18."
     whole = [*asked, dict(role="assistant", content=reply)]
     whole = tokenizer.apply_chat_template(whole)["input_ids"]
     assert reply.split() == "5 + 1 = 6. The answer is 18.".split()
-    assert e.x + e.z + codec.join + e.answer == whole[:-1]  # all but the last newline
+    assert e.x + e.z + codec.template_after_z + e.answer == whole[:-1]  # all but the last newline
 
 
 def test_chat_templates_stop_in_every_form():
     tokenizer = tokenizer_of_bytes(CHAT)
     codec = data.Codec(tokenizer, "qa", [3])
-    assert tokenizer.decode(codec.lead) == "The answer is"
+    assert tokenizer.decode(codec.template_at_start) == "The answer is"
     assert {tokenizer.decode(s).strip() for s in codec.stops} == {"The answer is"}
     for before in ("", "5. ", "5.\n", "5.\n\n", "5"):
         reply = f"{before}The answer is 6"
@@ -239,14 +240,14 @@ def test_every_eos_of_the_model_counts(tmp_path):
 @pytest.fixture
 def policy():
     device = distributed.init_distributed()
-    yield latro.load_model(latro.parse([]), device, torch.float32)
+    yield latro.load_model(latro.parse([]), device, torch.float32, latro.logprobs)
     dist.destroy_process_group()
 
 
 PROMPTS = [[3, 4, 0, 1, 30, 0, 6, 7, 4], [0, 0, 1, 4], [1, 5, 24, 30, 0]]  # 0 pads, 1 is EOS
 
 
-def test_pad_and_eos_inside_a_row_are_tokens_like_others(policy):
+def test_pad_and_eos_inside_a_row_are_ordinary_tokens(policy):
     """Released-code defect 13: its masks come from comparing ids with pad and EOS."""
     plain = AutoModelForCausalLM.from_pretrained(TOY)
     group = [latro.Rationale([], [24, 0, 1, 30], 4, [0, 31, 1], 4, False),
@@ -292,11 +293,11 @@ def test_a_period_and_a_newline_in_one_token():
         ids = tokenizer(f"{before}The answer is")["input_ids"]
         assert any(ids[-len(s):] == list(s) for s in codec.stops), before
     assert tokenizer.decode(tokenizer("It is 3.\n")["input_ids"][-1:]) == ".\n"
-    assert tokenizer.decode(codec.join) == " The answer is"
+    assert tokenizer.decode(codec.template_after_z) == " The answer is"
 
 
 def test_any_bytes_and_any_json(toy, tmp_path):
-    """A file of anything gives rows or a Problem; a row of anything an example or a Problem."""
+    """Any file gives rows or a UserError; any row gives an example or a UserError."""
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import strategies as st
     text = st.text() | st.sampled_from(["question", "answer", "####", "#### 7", "\ud800", "A"])
@@ -316,7 +317,7 @@ def test_any_bytes_and_any_json(toy, tmp_path):
         path.write_bytes(b"\n".join(lines))
         try:
             rows = data.read_rows(SimpleNamespace(data=str(tmp_path), task="qa"), "train")
-            assert all(where.startswith(f"{path}:") for where, _ in rows)
+            assert all(place.startswith(f"{path}:") for place, _ in rows)
         except errors.UserError as e:
             assert str(e).startswith(f"{path}:")
 
@@ -327,7 +328,7 @@ def test_any_bytes_and_any_json(toy, tmp_path):
         codec.task = task
         try:
             e = codec.example("here:1", row)
-            assert e.gold.strip() and e.answer[-1] == codec.turn_end and e.where == "here:1"
+            assert e.gold.strip() and e.answer[-1] == codec.turn_end and e.place == "here:1"
         except errors.UserError as e:
             assert str(e).startswith("here:1: ")
     reads()

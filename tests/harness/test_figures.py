@@ -1,4 +1,4 @@
-"""The figures of eval.py: their numbers against the definitions, their pictures not blank."""
+"""Proves that the figures' numbers follow their definitions, and that no picture is blank."""
 
 import dataclasses
 import json
@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 import eval as grading
 import latro
+from harness import data, distributed, statistics
 from conftest import HELD, TINY, start
-from kernels import majority, same_answer, strict
+from harness.answers import majority, same_answer, strict
 
 NAMES = "curves", "length", "likelihood", "votes"
 
@@ -25,10 +26,10 @@ NAMES = "curves", "length", "likelihood", "votes"
 @pytest.mark.parametrize("right", range(6))
 def test_pass(right):
     """Unbiased: the share of all subsets that hold a right sample."""
-    row = dict(samples=[dict(right=i < right) for i in range(5)])
-    for k, estimate in enumerate(grading.passes(row), 1):
-        subsets = [*combinations(row["samples"], k)]
-        share = fmean(any(s["right"] for s in some) for some in subsets)
+    samples = [i < right for i in range(5)]
+    for k, estimate in enumerate(statistics.pass_at_k(samples), 1):
+        subsets = [*combinations(samples, k)]
+        share = fmean(map(any, subsets))
         assert estimate == pytest.approx(share, abs=1e-12)
         assert len(subsets) == comb(5, k)
 
@@ -41,13 +42,15 @@ def voter(said, gold="18"):
     ["18.", "5", "5", "18"], ["5", "18", "18.0", "5.0"], ["", "", "18", "7"], ["", "", "", ""],
     ["7", "18", "", "9"], ["18", "18", "18", "18"], ["3", "4", "5", "18"]])
 def test_votes(said):
-    """Each share is one of answers.majority's own verdicts, on subsets in the order given; one
-    sample is an accuracy, all are the table's vote, whatever the ring; the first given wins."""
+    """Each share is that of answers.majority on subsets in the order given. One sample gives the
+    accuracy, all give the table's vote, whatever the order; the first of a tie wins."""
     row, K = voter(said), len(said)
-    wins = lambda some: same_answer(majority([said[i] for i in some]), "18")
+
+    def wins(some):
+        return same_answer(majority([said[i] for i in some]), "18")
     for seed in range(8):
         order = np.random.default_rng(seed).permutation(K)
-        shares = grading.ballots(row, order)
+        shares = grading.majorities(row, order.tolist())
         for k, share in enumerate(shares, 1):
             ring = [sorted(order[(i + j) % K] for j in range(k)) for i in range(K)]
             assert share == fmean(map(wins, ring))
@@ -59,7 +62,7 @@ def test_votes_are_unbiased():
     """Over all orders of the ring, maj@k is the mean over all subsets of k samples."""
     draw, said = random.Random(0), ["18", "5", "18.", "", "7", "5"]
     orders = [draw.sample(range(6), 6) for _ in range(3000)]
-    means = np.mean([grading.ballots(voter(said), np.array(o)) for o in orders], axis=0)
+    means = np.mean([grading.majorities(voter(said), o) for o in orders], axis=0)
     for k in range(1, 7):
         verdicts = [same_answer(majority([*some]), "18") for some in combinations(said, k)]
         assert means[k - 1] == pytest.approx(fmean(verdicts), abs=0.02)
@@ -72,25 +75,26 @@ def toy(tmp_path):
     device = distributed.init_distributed()
     codec, most = data.load_codec(args)
     examples = data.encode(codec, most, data.read_rows(args, "test")[:12], args)
-    yield latro.load_model(args, device, torch.float32), codec, examples, args
+    yield latro.load_model(args, device, torch.float32, latro.logprobs), codec, examples, args
     dist.destroy_process_group()
 
 
 def test_one_evaluation_gives_every_limit(toy):
     """Greedy replies at every limit 1..48, made anew: what `lengths` says of them from the last."""
     policy, codec, examples, args = toy
-    room = max(len(e.answer) for e in examples) + len(codec.join)
+    longest = max(len(e.answer) for e in examples) + len(codec.template_after_z)
 
     def at(limit):
         own = dataclasses.replace(args, L=limit)
-        groups = latro.rollout(policy, codec, examples, [*range(12)], 0, own, 1, room, greedy=True)
-        return [dict(ids=r.ids, actions=len(r.actions), cut=r.cut,
+        groups = latro.rollout(policy, codec, examples, [*range(12)], 0, own, 1, longest,
+                               greedy=True)
+        return [dict(ids=r.ids, actions=len(r.actions), cut=r.truncated,
                      right=strict(codec.text(r.ids), e.gold))
                 for e, [r] in zip(examples, groups)]
 
     whole = at(args.L)
     assert {row["right"] for row in whole} == {True, False} and not any(r["cut"] for r in whole)
-    assert all(len(row["ids"]) <= row["actions"] + room for row in whole)
+    assert all(len(row["ids"]) <= row["actions"] + longest for row in whole)
     curve = grading.lengths(whole, args.L)["mean"]
     for limit in range(1, args.L + 1):
         made = at(limit)
@@ -135,12 +139,12 @@ def numbers(request, tmp_path):
             Path(run, f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     rows = {n: [made_up(draw, request.param) for _ in range(9)] for n in ("base", "sft", "run")}
     args = latro.Args(task="toy", L=12, out=str(tmp_path))
-    return json.loads(json.dumps(grading.derive(rows, [str(run)], args)))
+    return json.loads(json.dumps(grading.figure_numbers(rows, [str(run)], args)))
 
 
 def test_pictures(numbers, tmp_path):
     """Each is 1050 pixels wide, white at its corners, and shows every row in its colour."""
-    from assets import figures
+    from harness import figures
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
@@ -160,7 +164,7 @@ def test_numbers(numbers):
     if numbers["curves"] is None:
         assert [*bars] == ["direct", "sampled"] and numbers["length"]["trained"] == {}
     else:
-        assert [*bars] == [*grading.GIVEN] and numbers["length"]["trained"] == dict(run=10)
+        assert [*bars] == [*grading.CONTEXTS] and numbers["length"]["trained"] == dict(run=10)
         assert numbers["curves"]["held_out"]["seen"] == [8, 16, 24]
         assert numbers["curves"]["updates"]["seen"] == [0, 8, 16]
     for bar in bars.values():
@@ -170,10 +174,10 @@ def test_numbers(numbers):
 
 def test_without_matplotlib(monkeypatch, capsys):
     """Before anything is loaded: one sentence names the package."""
-    import assets
-    for name in [m for m in sys.modules if m.startswith(("matplotlib", "assets.figures"))]:
+    import harness
+    for name in [m for m in sys.modules if m.startswith(("matplotlib", "harness.figures"))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(assets, "figures", raising=False)
+    monkeypatch.delattr(harness, "figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert grading.main(["--ckpt", "nowhere", "--figures"]) == 1
     said = capsys.readouterr().err
@@ -195,5 +199,5 @@ def test_whole(tmp_path):
         ends = {"T = 1": maj[0], "maj@k": maj[-1], "pass@k": each[-1],
                 "greedy": drawn["length"]["rows"][name]["mean"][-1]}
         assert ends == {column: row["columns"][column][0] for column in ends}
-        assert [*drawn["likelihood"][name]] == [*grading.GIVEN]
+        assert [*drawn["likelihood"][name]] == [*grading.CONTEXTS]
         assert all(isinstance(r["gold"], str) for r in held["rows"][name])

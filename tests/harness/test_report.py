@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY, TOY
 
 import eval as grading
-import latro
+from harness import errors, report
 
 RIGHT = dict(base=[0, 1, 1, 0, 0, 1], sft=[1, 1, 0, 0, 0, 1], run=[1, 0, 1, 0, 1, 1])
 GROUPS = ["fixed", "broken", "both right", "both wrong", "fixed", "both right"]
@@ -55,7 +55,7 @@ def made_up(**changes) -> dict[str, list[dict]]:
 
 
 def written(rows: dict[str, list[dict]], command: str = "eval.py") -> str:
-    return grading.page(grading.content(command, rows, grading.results(rows), 2))
+    return report.page(report.content(command, rows, grading.results(rows), 2))
 
 
 class Skeleton(HTMLParser):
@@ -84,7 +84,7 @@ class Skeleton(HTMLParser):
 def test_text_stays_text(text):
     rows = made_up(text=text, question=text, gold=text)
     rows[text] = rows.pop("run")
-    page, template = written(rows, command=text), Skeleton(grading.PAGE.read_text())
+    page, template = written(rows, command=text), Skeleton(report.PAGE.read_text())
     found = Skeleton(page)
     assert found.tags == template.tags
     assert page.isascii() and not re.search("[<>&]", found.scripts[0])
@@ -118,7 +118,7 @@ def test_the_data_come_back():
 
 def test_four_groups():
     """The first row against the last, whatever stands between them."""
-    assert grading.groups(made_up()) == GROUPS
+    assert report.outcomes(made_up()) == GROUPS
     held = json.loads(Skeleton(written(made_up())).scripts[0])
     assert [q["group"] for q in held["questions"]] == GROUPS
     assert held["groups"] == ["fixed", "broken", "both right", "both wrong"]
@@ -150,7 +150,7 @@ def test_the_policy_allows_its_own_script_and_style():
 
 def test_template_is_whole():
     """Each placeholder once; language, title, labels and both themes are there."""
-    template = grading.PAGE.read_text()
+    template = report.PAGE.read_text()
     assert sorted(re.findall(r"{{(\w+)}}", template)) == ["data", "script", "style"]
     assert template.isascii() and "{{" not in written(made_up())
     for part in ('<html lang="en">', "<title>", "prefers-color-scheme: dark", 'aria-label="Search',
@@ -171,7 +171,7 @@ def test_a_page_that_cannot_be_written(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(errors.UserError) as problem:
-        grading.write_page(name, "text")
+        report.write_page(name, "text")
     [line] = str(problem.value).splitlines()
     assert line.startswith("--report ") and "name another file" in line
     assert [*(tmp_path / "folder").iterdir()] == []
@@ -179,8 +179,8 @@ def test_a_page_that_cannot_be_written(name, tmp_path, monkeypatch):
 
 def test_a_page_is_replaced_whole(tmp_path):
     path = tmp_path / "page.html"
-    grading.write_page(str(path), "old")
-    grading.write_page(str(path), "new")
+    report.write_page(str(path), "old")
+    report.write_page(str(path), "new")
     assert path.read_text() == "new" and [*tmp_path.iterdir()] == [path]
 
 
@@ -203,15 +203,15 @@ def test_a_page_is_replaced_whole(tmp_path):
     ("\U000e0041", "\\U000e0041"),
 ])
 def test_printable(text, safe):
-    assert grading.printable(text) == safe == grading.printable(safe)
+    assert report.printable(text) == safe == report.printable(safe)
     safe.encode()
 
 
 def test_telling_questions_first():
     """Fixed and broken in turn, then the others in turn; each question once."""
     found = ["both right", "fixed", "fixed", "fixed", "both wrong", "broken", "both right"]
-    assert grading.telling(found) == [1, 5, 2, 3, 0, 4, 6]
-    assert grading.telling([]) == []
+    assert report.most_informative_first(found) == [1, 5, 2, 3, 0, 4, 6]
+    assert report.most_informative_first([]) == []
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -219,7 +219,7 @@ def test_telling_questions_first():
 def test_shown(width, names):
     text = "First 12 + 7 = 19. " * 9 + "\x1b[2J" + "x" * 250 + "\n\nThe answer is 19."
     rows = {name: made_up(text=text)[name] for name in names}
-    block = grading.shown(rows, 1, "broken", width)
+    block = report.show(rows, 1, "broken", width)
     lines = block.split("\n")
     assert max(map(len, lines)) <= width and not re.search(r"[^\n -~]", block)
     assert lines[1:3] == ["question 2: broken", "1 + 1? [2]"]
@@ -239,12 +239,12 @@ def test_shown(width, names):
 def test_shown_rows():
     """Base, SFT and the last of several checkpoints."""
     rows = made_up() | dict(other=made_up()["run"])
-    assert "base | sft | other" in re.sub(" +", " ", grading.shown(rows, 0, "fixed", 120))
+    assert "base | sft | other" in re.sub(" +", " ", report.show(rows, 0, "fixed", 120))
 
 
 def test_narrow_terminal():
     """Eight characters are nobody's terminal, but no reason to fail."""
-    assert grading.beside(["ab", "cd", "ef"], 8) == "a | c | e\nb | d | f"
+    assert report.side_by_side(["ab", "cd", "ef"], 8) == "a | c | e\nb | d | f"
 
 
 def test_from_the_command_line(tmp_path, capsys):

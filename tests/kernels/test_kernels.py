@@ -24,7 +24,7 @@ from conftest import TINY, launch, rows, start, untimed
 import kernels
 import latro
 import test_latro_estimator as test_estimator
-from test_distributed import close
+from test_distributed import assert_close
 from test_latro_estimator import BATCH, error, in_one_piece, one_by_one
 
 triton = pytest.importorskip("triton")
@@ -886,9 +886,9 @@ def torchs(tmp_path_factory):
 
 def same_curve(ours, theirs):
     """Adam makes rounding larger, by sign(g) where g is all but 0: 1e-3 of each number."""
-    close(untimed(rows(ours))[0], untimed(rows(theirs))[0])
-    close(untimed(rows(ours)), untimed(rows(theirs)), rel=1e-3)
-    close(rows(ours, "evals"), rows(theirs, "evals"), rel=1e-3)
+    assert_close(untimed(rows(ours))[0], untimed(rows(theirs))[0])
+    assert_close(untimed(rows(ours)), untimed(rows(theirs)), rel=1e-3)
+    assert_close(rows(ours, "evals"), rows(theirs, "evals"), rel=1e-3)
 
 
 def test_same_curve_as_torch(torchs, tmp_path, monkeypatch):
