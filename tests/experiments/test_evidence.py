@@ -65,7 +65,7 @@ def test_evidence(in_process, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "DRAWN", dict(k=2, questions=3, ckpt=["LaTRO"], sft="SFT"))
     (tmp_path / "made").mkdir()
     flags = "evidence.py", "--questions", "3", "--runs", tmp_path / "runs", "--out", (
-        tmp_path / "made"), "--arms", "LaTRO", "no credit", "SFT"
+        tmp_path / "made"), "--pictures", tmp_path / "made", "--arms", "LaTRO", "no credit", "SFT"
     monkeypatch.setattr(sys, "argv", [*map(str, flags)])
     evidence.main()
     made = sorted(f.name for f in (tmp_path / "made").iterdir())

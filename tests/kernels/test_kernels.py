@@ -48,7 +48,7 @@ U32 = 2.0**-24  # of float32: the relative error of one rounding
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(kernels, "chosen", "auto")
+    monkeypatch.setattr(kernels, "backend", "auto")
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def exact(h, W, targets, g, temperature=1.0):
 
 def plain(h, W, targets, temperature=1.0):
     """What one would write: logits in the operands' dtype, and all of them."""
-    heat = torch.as_tensor(temperature).view(-1, 1)
-    logp = (F.linear(h, W).float() / heat).log_softmax(-1)
+    temperature = torch.as_tensor(temperature).view(-1, 1)
+    logp = (F.linear(h, W).float() / temperature).log_softmax(-1)
     return logp.gather(-1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(targets == -100, 0.0)
 
 
@@ -108,8 +108,8 @@ def check(h, W, targets, g, temperature=1.0):
     found = run(token_logprobs, h, W, targets, g, temperature)
     theirs = run(plain, h, W, targets, g, temperature)
     definition = run(reference.token_logprobs.__wrapped__, h, W, targets, g, temperature)[0]
-    heat = torch.as_tensor(temperature, dtype=torch.float64).view(-1, 1)
-    z = largest(h.double() @ W.double().T / heat)
+    temperature = torch.as_tensor(temperature, dtype=torch.float64).view(-1, 1)
+    z = largest(h.double() @ W.double().T / temperature)
     assert found[0].dtype == torch.float32 and (found[0][targets == -100] == 0).all()
     assert off(found[0], wanted[0]) <= min(off(theirs[0], wanted[0]),
                                            off(definition, wanted[0])) + 4 * U32 * max(z, 1)
@@ -167,24 +167,25 @@ def test_temperature(dtype, temperature):
 def test_a_temperature_for_each_row(tile, launched):
     launched(TILES[tile])
     given = problem(150, 70, 24)
-    heat = torch.linspace(0.3, 3, 150)
-    found = check(*given, heat)
+    temperature = torch.linspace(0.3, 3, 150)
+    found = check(*given, temperature)
     h, W, targets, _ = given
     for i in (0, 70, 149):
-        assert torch.equal(found[0][i], token_logprobs(h[i:i + 1], W, targets[i:i + 1], heat[i])[0])
+        alone = token_logprobs(h[i:i + 1], W, targets[i:i + 1], temperature[i])
+        assert torch.equal(found[0][i], alone[0])
 
 
-@pytest.mark.parametrize("heat", [
+@pytest.mark.parametrize("temperature", [
     2, 0.7, torch.tensor(0.7), torch.full((21,), 0.7), torch.full((21,), 2),
     torch.full((21,), 0.7, dtype=torch.float64), torch.full((21,), 0.7).bfloat16(),
     torch.tensor([0.7]).expand(21)], ids=lambda x: f"{getattr(x, 'dtype', type(x))}{x}"[:40])
-def test_kinds_of_temperature(heat, monkeypatch):
+def test_kinds_of_temperature(temperature, monkeypatch):
     """A kernel takes 1 / temperature in float32: float64 would make it compute in float64."""
     seen, forward = [], token_logprob.forward
     monkeypatch.setattr(token_logprob, "forward", lambda *a: seen.append(a) or forward(*a))
     h, W, targets, _ = problem(21, 70, 16)
-    found = token_logprobs(h, W, targets, heat)
-    flat = torch.ones(21) * heat
+    found = token_logprobs(h, W, targets, temperature)
+    flat = torch.ones(21) * temperature
     assert torch.allclose(found, token_logprobs(h, W, targets, flat.float()), rtol=1e-6)
     assert all(x.is_contiguous() for a in seen for x in a)
     assert all(a[3].dtype == torch.float32 and a[3].shape == (21,) for a in seen)
@@ -632,8 +633,9 @@ def agree(found, wanted, scale=1.0):
 
 def in_float64(logp, logp0, spans, K, beta, **options):
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    return latro.score_rationales.__wrapped__(logp.double(), None if logp0 is None else logp0.double(),
-                                      *spans, K, beta, **wide)
+    logp0 = None if logp0 is None else logp0.double()
+    definition = latro.score_rationales.__wrapped__
+    return definition(logp.double(), logp0, *spans, K, beta, **wide)
 
 
 OPTIONS = dict(
@@ -724,9 +726,9 @@ def test_tokens_of_no_rationale_have_weight_0(bound):
     found = score(wide, wide0, *(x + shift for x in spans), 5, 0.3, bound=bound)
     wanted = score(logp, logp0, *spans, 5, 0.3, bound=bound)
     assert all(torch.equal(a, b) for a, b in zip(found[:-1], wanted[:-1]))
-    assert torch.equal(found.weights[place], wanted.weights)
+    assert torch.equal(found.token_weights[place], wanted.token_weights)
     outside = torch.ones(len(wide), dtype=torch.bool).index_fill_(0, place, False)
-    assert not found.weights[outside].any()
+    assert not found.token_weights[outside].any()
 
 
 def rewarded(r, **options):
@@ -746,7 +748,7 @@ def test_differences_of_large_rewards(K, bound):
     of such rewards would be off by some of float32's steps there, 1e-3."""
     r = -1e4 + 0.05 * torch.randn(K, generator=torch.Generator().manual_seed(K))
     found, wanted, definition = rewarded(r, bound=bound)
-    for name in ("advantage", "weights"):
+    for name in ("advantage", "token_weights"):
         x, y, z = (getattr(s, name) for s in (found, wanted, definition))
         assert max(off(x, y), off(z, y)) <= 2e-6, name
     assert torch.equal(found.reward, r)
@@ -764,10 +766,10 @@ def test_iwae_leaves_one_out(case):
     nothing: they agree to 2e-6 of 1."""
     r = torch.tensor(REWARDS[case])
     found, wanted, definition = rewarded(r, bound="iwae")
-    for name in ("advantage", "weights"):
+    for name in ("advantage", "token_weights"):
         x, y, z = (getattr(s, name).double() for s in (found, wanted, definition))
         assert ((x - y).abs() <= (z - y).abs() + 2e-6 * y.abs().clamp(min=1)).all(), name
-    assert found.weights[1::2].sum() == pytest.approx(1, abs=1e-6)
+    assert found.token_weights[1::2].sum() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("bound", ["elbo", "iwae"])
@@ -803,7 +805,7 @@ def test_numbers_of_rationales():
     none = torch.zeros(0, dtype=torch.int64)
     found = score(logp, logp0, none, none, none, 4, 0.3, total=8)
     assert all(x.shape == (0,) for x in found[:-1])
-    assert found.weights.shape == logp.shape and not found.weights.any()
+    assert found.token_weights.shape == logp.shape and not found.token_weights.any()
 
 
 @pytest.mark.parametrize("bound", ["elbo", "iwae"])
