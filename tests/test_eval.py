@@ -50,6 +50,7 @@ def test_batches_change_nothing(graded, run, tmp_path, batch):
     assert grade(run, tmp_path, "--batch", batch)["rows"] == graded["rows"]
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(graded, run, tmp_path):
     """Floats to 1e-4: other matrix shapes, other rounding."""
     code, _, err = launch("--ckpt", run, "--out", tmp_path, "--k", 3, processes=2,

@@ -48,6 +48,7 @@ def two(tmp_path, *flags):
 
 @pytest.mark.parametrize("installed, first", [
     (False, "from transformers import LlamaModel"), (False, ""), (True, "")])
+@pytest.mark.slow
 def test_imports_with_transformers(installed, first, tmp_path):
     """transformers looks for Hugging Face's package "kernels", and imports from it where its
     version fits: ours must not be taken for it, whether that one is installed or not."""
@@ -389,6 +390,7 @@ def test_kill_while_saving_loses_nothing(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_signal_finishes_the_update_and_says_how_to_go_on(number, tmp_path):
     out = tmp_path / "out"
     with under_way(out) as run:

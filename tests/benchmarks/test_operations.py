@@ -166,6 +166,7 @@ def test_out_is_a_file(tmp_path, capsys):
     assert "name a directory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_from_the_shell(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     process = begin("-m", "benchmarks", "logprob", "--tokens", 32, "--rounds", 2, "--only",

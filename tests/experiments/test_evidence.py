@@ -55,6 +55,7 @@ def in_process(monkeypatch):
     return started
 
 
+@pytest.mark.slow
 def test_evidence(in_process, tmp_path, monkeypatch):
     """Tables, figures and the record; a second call trains and grades nothing."""
     small = "--questions 2 --K 3 --L 24 --steps 1 --eval-questions 1"
@@ -103,6 +104,7 @@ def gsm8k(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_real_model(in_process, tmp_path, monkeypatch, capsys):
     """Every arm, the best state of each, both tables; a second call does nothing more."""
     flags = ("--model", TOY, "--data", gsm8k(tmp_path / "data"), "--runs", tmp_path / "runs",

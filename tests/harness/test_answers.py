@@ -183,6 +183,7 @@ def test_choices(reply, gold, options, strictly, flexibly):
     "9", "1 ", "1/", "1,234", "9.", "-", "=", "$", "<", "(", ". ", " ", "\t", "x = 1. ", "5 or ",
     "5 and  ", "not ", "water ", "not the ", "\\boxed{", "minus ", TEMPLATE, "'\"", "\ud800",
 ])  # fmt: skip
+@pytest.mark.slow
 def test_a_megabyte_passes(text):
     text = text * (1 << 20 >> len(text).bit_length() - 1)
     for gold in ("17", "ice"):

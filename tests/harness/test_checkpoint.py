@@ -151,6 +151,7 @@ cp -r "$out" ."""
 
 
 @pytest.mark.parametrize("size, kept", [(5, "lock"), (14, "step-000001"), (21, "step-000002")])
+@pytest.mark.slow
 def test_full_file_system(size, kept, whole, tmp_path):
     """The same on a file system of `size` MB, which the first, second or third state fills."""
     (tmp_path / "small").mkdir()
@@ -174,6 +175,7 @@ def drop_root_override():
 
 
 @pytest.mark.parametrize("flags", [FLAGS, ["--resume"]], ids=["new", "resumed"])
+@pytest.mark.slow
 def test_read_only_out(flags, out, whole, tmp_path):
     """Nothing in it is touched, and the run goes on once it can be written."""
     folder = out if "--resume" in flags else tmp_path / "new"
@@ -237,6 +239,7 @@ def test_dotted_names_reach_nothing():
 
 # ---- a directory in use
 
+@pytest.mark.slow
 def test_out_of_a_run_that_is_still_alive(tmp_path):
     out = tmp_path / "out"
     with under_way(out) as run:
@@ -280,6 +283,7 @@ def test_a_process_that_hangs(tmp_path):
     assert f'File "{ROOT / "latro.py"}"' not in errors
 
 
+@pytest.mark.slow
 def test_one_process_with_log_probs_that_are_not_finite(tmp_path):
     """All processes stop in the same update, and one sentence names the question concerned."""
     out = tmp_path / "out"
@@ -293,6 +297,7 @@ def test_one_process_with_log_probs_that_are_not_finite(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_second_stop_signal_ends_a_run_at_once(number, tmp_path):
     """After one signal a run finishes its update, which hangs here. The second signal ends it, and
     the state before stays whole."""
@@ -444,6 +449,7 @@ import latro
 sys.exit(latro.main(sys.argv[2:]))"""
 
 
+@pytest.mark.slow
 def test_no_network_and_no_shell(tmp_path, monkeypatch):
     """A run with local files, without HF_HUB_OFFLINE, opens no connection, looks up no name, and
     starts no process except git for the commit."""

@@ -111,6 +111,7 @@ def test_one_line_from_the_shell():
     assert_has(only_line(errors), "--model nobody/nothing", "directory")
 
 
+@pytest.mark.slow
 def test_one_line_from_two_processes():
     code, _, errors = launch(*FLAGS, "--questions", 3, processes=2)
     lines = [s for s in errors.splitlines() if "latro.py: " in s]

@@ -184,6 +184,7 @@ def test_assign_micro_batches(W, budget, monkeypatch):
 
 @pytest.mark.parametrize("way", [*WAYS, *TWO, *FOUR])
 @pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.slow
 def test_gradient_is_the_same(model, way, outs):
     ours, expected = gradient(outs[model, way]), gradient(outs[model, "one"])
     assert expected.norm() > 0.1
@@ -194,6 +195,7 @@ def test_gradient_is_the_same(model, way, outs):
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.slow
 def test_a_process_with_shorter_rationales(model, outs):
     """It ends decoding at once and waits for the other one."""
     one, two = (outs[model, way] for way in HALF_EMPTY)
@@ -202,6 +204,7 @@ def test_a_process_with_shorter_rationales(model, outs):
     assert rows(two)[1]["z_len"] < 0.6 * rows(outs[model, "one"])[1]["z_len"]
 
 
+@pytest.mark.slow
 def test_first_update_and_evaluation_are_the_same(outs):
     """The same questions and rationales: samples depend on the question, not on the process that
     draws them. Five held-out questions do not divide by two."""
@@ -213,6 +216,7 @@ def test_first_update_and_evaluation_are_the_same(outs):
     assert rows(two, "evals")[0]["n"] == 5
 
 
+@pytest.mark.slow
 def test_saved_model_is_whole(outs):
     """Two processes save whole weights, not a shard: those of one process, except for rounding,
     which Adam enlarges."""
@@ -222,11 +226,13 @@ def test_saved_model_is_whole(outs):
     assert relative_error(ours, expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_all_processes_stop_when_one_is_told_to(outs):
     assert [row["step"] for row in rows(outs["stopped", 2])] == [1, 2]
     assert untimed(rows(outs["stopped", 2])) == untimed(rows(outs["run", 2]))[:2]
 
 
+@pytest.mark.slow
 def test_resume_with_the_same_number_of_processes_is_bit_equal(outs, tmp_path):
     """latro.py itself, under torchrun. Released-code defect 13: resuming restarts step, data order
     and random numbers."""
@@ -238,6 +244,7 @@ def test_resume_with_the_same_number_of_processes_is_bit_equal(outs, tmp_path):
     assert contents(out)[WEIGHTS] == contents(outs["run", 2])[WEIGHTS]
 
 
+@pytest.mark.slow
 def test_resume_with_other_numbers_of_processes(outs, tmp_path):
     fewer = start("--resume", out=shutil.copytree(outs["stopped", 2], tmp_path / "out"))
     for ours, theirs in ((fewer, outs["run", 2]), (outs["1 to 2"], outs["run", 1])):

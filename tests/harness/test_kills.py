@@ -110,6 +110,7 @@ def assert_same_run(ours, theirs, steps):
 @pytest.mark.parametrize("numbers", [
     pytest.param([2] * 5, id="2", marks=pytest.mark.slow),
     pytest.param([1, 2, 2, 1, 2], id="1 or 2")])
+@pytest.mark.slow
 def test_kill_one_of_two_or_both(numbers, processes, tmp_path):
     """With the same number of processes each time, the run ends bit-equal to an undisturbed one.
     With changing numbers, no update is lost or done twice."""

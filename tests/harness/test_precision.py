@@ -107,6 +107,7 @@ def test_kernels_give_the_same_run(tmp_path, monkeypatch):
     assert untimed(ours)[0] != untimed(expected)[0]  # another implementation did compute them
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     code, _, errors = launch(*TINY, "--steps", 2, "--temperature", 0.9, "--out", tmp_path / "out",
                              processes=2, script=__file__)

@@ -869,6 +869,7 @@ def test_auto_means_torch_without_a_gpu(monkeypatch):
         assert calls == ({"token_logprobs": 1, "score_rationales": 1} if fused else {}), name
 
 
+@pytest.mark.slow
 def test_triton_without_a_gpu_is_refused(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET")
     code, printed, errors = launch(*TINY, "--kernels", "triton", "--out", tmp_path / "out")
@@ -900,6 +901,7 @@ def test_same_curve_as_torch(torchs, tmp_path, monkeypatch):
     same_curve(out, torchs)
 
 
+@pytest.mark.slow
 def test_same_curve_on_two_processes(torchs, tmp_path):
     """Under FSDP2, whose hooks hand the kernel a whole W for as long as it needs it."""
     out = tmp_path / "out"
