@@ -1,11 +1,11 @@
-"""Times the fused operations, and whole loops, beside their rivals: for the README's tables.
+"""Times the fused operations and whole loops against their rivals, for the tables of docs/.
 
     python -m benchmarks logprob --models Llama-3.1-8B --tokens 16384 --plot
     python -m benchmarks score|sample|tune
     python -m benchmarks decode|rollout|update --models Llama-3.2-1B
 
-DIR/NAME.json and .md are written after every shape; where a candidate was wrong, the exit code is
-1. Without CUDA a toy runs on the CPU, our kernels not at all: an interpreter's times mean nothing.
+DIR/NAME.json and .md are written after every shape. The exit code is 1 if a candidate was wrong.
+Without CUDA a toy runs on the CPU, without our kernels: an interpreter's times mean nothing.
 """
 
 import argparse, json, platform, shlex, shutil, subprocess, sys
@@ -23,7 +23,7 @@ from .operations import MODELS, logprob, sample, score, tune
 from .timing import bars, device, draw, measure, table
 from .work import SHAPES
 
-COMMANDS = {  # what makes the tasks, and its options beside those that all have
+COMMANDS = {  # what makes the tasks, and its options besides those that all have
     "logprob": (logprob, ("models", "tokens", "frozen", "plot")), "score": (score, ()),
     "sample": (sample, ("models",)), "tune": (tune, ("models", "tokens", "frozen")),
     "decode": (decode, ("models", "questions", "K", "L")),
@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def environment(argv: list[str]) -> dict:
-    """What a number needs to be worth something."""
+    """What must be known of a number: command, date, commit, device, versions."""
     git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
     packages = "torch", "triton", "liger_kernel", "cut_cross_entropy", "transformers", "trl"
     done = shutil.which("git") and subprocess.run(git, cwd=Path(__file__).parent, text=True,
@@ -91,7 +91,7 @@ def environment(argv: list[str]) -> dict:
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> list[dict]:
-    """Measures, prints and writes: after every task, for a run may be cut off."""
+    """Measures, prints and writes after every task, since a run may be cut off."""
     tasks, rows, about = COMMANDS[args.command][0], [], environment(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
-"""What is timed of whole loops: a step of decoding, K rationales for each of some questions, an
-update of the policy."""
+"""Whole loops that are timed: a decoding step, K rationales per question, an update."""
 
 import argparse
 from collections.abc import Callable
@@ -122,7 +121,7 @@ def loop_task(model: str, args: argparse.Namespace, train: bool) -> Task:
 
 
 def decode_task(model: str, args: argparse.Namespace) -> Task:
-    """One step of questions x K rows, L tokens behind each, the same step again and again."""
+    """One step of questions x K rows with L tokens each before it, the same step every time."""
     work, rows = Work(model, args, train=False), args.questions * args.K
     prompts = np.random.default_rng(0).integers(work.eos, size=(rows, args.L)).tolist()
     chance = torch.rand(rows, dtype=torch.float64, device=device())
@@ -162,7 +161,7 @@ def tasks(args: argparse.Namespace, train: bool) -> Tasks:
 
 
 def decode(args: argparse.Namespace) -> Tasks:
-    """A step of decoding: a token for each of questions x K rows that have L tokens behind them,
+    """A step of decoding: a token for each of questions x K rows that have L tokens before it,
     drawn too. floor: a read of the weights, keys and values that it must read. eager: what is ours,
     launched operation by operation. error: of the logits, relative to eager's."""
     for model in args.models:
@@ -179,7 +178,7 @@ def measured(make: Callable[[], Task], only: list[str] | None, rounds: int) -> t
 
 
 def measured_apart(*args) -> tuple[dict, list]:
-    """measured, in a process of its own: models leave nothing behind for the next ones."""
+    """measured, in a process of its own: no model leaves memory to the next one."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(measured, *args).result()
 

@@ -20,7 +20,7 @@ from .work import Loop, Work
 class Forced(transformers.LogitsProcessor):
     """Ends row i of `generate` with its lengths[i]-th token, not before; one of L tokens is cut.
 
-    driven: by the very tokens that `sample` draws from the same numbers."""
+    driven: by the tokens that sample_rationales draws from the same numbers."""
 
     def __init__(self, work: Work, driven: bool):
         self.eos, self.width = work.eos, None
@@ -83,7 +83,7 @@ class Released(Generate):
                 (-self.sums(w.policy, y).sum() / N).backward()
 
     def sums(self, model: nn.Module, rows: list[tuple[list[int], list[int]]]) -> Tensor:
-        """(K,) log-probs of each row's second part behind its first, nats."""
+        """(K,) log-probs of each row's second part given its first, nats."""
         width = max(len(a + b) for a, b in rows)
         ids = torch.tensor([a + b + [-1] * (width - len(a + b)) for a, b in rows], device=device())
         place = torch.arange(1, width, device=device())

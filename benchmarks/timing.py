@@ -1,9 +1,9 @@
-"""Times candidates for one task in turns, and reports them beside a floor.
+"""Times candidates for one task in turns, and reports them together with a floor.
 
-Every candidate is first held against a wider computation on the very inputs it is timed on; one
-that is wrong is not timed. Rounds go from candidate to candidate, so that a drifting clock hits all
-alike. The floor is what the hardware takes for the bare products, copy or read of that shape, in
-the same rounds.
+Every candidate is first compared with a wider computation on the inputs it is timed on; one that is
+wrong is not timed. Rounds go from candidate to candidate, so that a drifting clock affects all of
+them. The floor is the time of the bare matrix products, copy or read of that shape, measured in the
+same rounds.
 """
 
 import math, time
@@ -24,8 +24,8 @@ OURS, FLOOR, WARM_UP = "ours", "floor", 2
 
 
 class Task(NamedTuple):
-    """What is to be computed, and by whom. A pass maps its name to a function that prepares it and
-    returns what is timed, `calls` times in a row where one takes microseconds.
+    """What is computed, and by which candidates. A pass maps its name to a function that prepares
+    it and returns what is timed, `calls` times in a row if one takes microseconds.
 
     A candidate with a report takes seconds: the run that is checked has warmed it up, and it
     measures its own memory."""
@@ -50,8 +50,8 @@ def scratch() -> Tensor:
 
 
 def seconds(prepare: Callable, calls: int) -> float:
-    """Of one call, from a cold L2 cache: while that is being emptied the host gets ahead with its
-    launches, as it does in training."""
+    """Seconds of one call, from a cold L2 cache. While the cache is emptied, the host gets ahead
+    with its launches, as it does in training."""
     action = prepare()
     if device() == "cpu":
         first = time.perf_counter()

@@ -115,8 +115,8 @@ class Work:
             model.set_attn_implementation(attention)
 
     def bytes(self) -> float:
-        """That decoding has to read: the weights for every token of the longest row behind its
-        first, and the keys and values of each row that still runs, as many as it has."""
+        """Bytes that decoding has to read: the weights once per token of the longest row after its
+        first, and the keys and values of each row that still runs."""
         rows = zip((e.x for e in self.batch for _ in range(self.args.K)), self.lengths)
         seen = sum((n - 1) * (len(x) + n / 2) for x, n in rows)
         each = torch.finfo(self.dtype).bits // 8
@@ -153,7 +153,7 @@ class Loop:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens inside belongs to the phase, but for what a phase inside it claims."""
+        """Time inside counts for this phase, except that of a phase within it."""
         self.tick()
         self.open.append(name)
         try:
@@ -171,8 +171,8 @@ class Loop:
         self.last = now
 
     def __call__(self, driven: bool = False) -> list[list[int]]:
-        """The ids of all rationales; the peak is that of a run alone, beside what it needs to keep:
-        other candidates keep models too."""
+        """The ids of all rationales. The peak is that of this candidate: what other candidates keep
+        in memory is subtracted."""
         self.seconds = dict.fromkeys(PHASES if self.work.optimizer else PHASES[:1], 0.0)
         if self.work.optimizer:
             self.work.optimizer.zero_grad()  # should a run have broken off
@@ -206,7 +206,7 @@ class Loop:
         return drawn
 
     def gradient(self) -> list[Tensor]:
-        """That of the first question, of the head, the first block and the last."""
+        """The gradient of the first question for the head, the first block and the last."""
         policy = self.work.policy
         self.learn(self.work.made_up()[:1])
         blocks = policy.model.layers[0], policy.model.layers[-1]

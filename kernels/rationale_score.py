@@ -1,14 +1,14 @@
 """Rewards of packed rationales in one launch: sums, reward, advantage, weight of each token.
 
-One program a question. Its K rationales are rows of a [K, BLOCK] tile that walks along all of them
-at once, each from its own offset, with the sums kept in registers; then K rewards make K advantages
-and a second walk writes the weights. No atomics: deterministic. The longest rationale is found on
-the device, so that nothing waits for the host, and costs steps, not memory.
+One program per question. Its K rationales are the rows of a [K, BLOCK] tile, which moves along all
+of them at once, each from its own offset, and keeps the sums in registers. Then K rewards give K
+advantages, and a second pass writes the token weights. No atomics, so it is deterministic. The
+longest rationale is found on the device, so the host never waits.
 
-Reads 8 bytes a token (two float32 log-probs) and writes 4, for about 10 FLOPs. The 48 x 16
-rationales of 500 tokens of an update are 4.6 MB: not bandwidth counts but that one launch replaces
-dozens. So a tile is small, 2048 numbers in 4 warps, which leaves registers for 64-bit offsets, and
-a question has one program.
+It reads 8 bytes per token (two float32 log-probs) and writes 4, for about 10 FLOPs. The 48 x 16
+rationales of 500 tokens of an update are 4.6 MB, so bandwidth does not matter: the gain is one
+launch instead of dozens. A tile is small, 2048 numbers in 4 warps, to leave registers for 64-bit
+offsets.
 
 The iwae bound's leave-one-out log-sum-exp takes O(K), without cancellation: the sum over the others
 is at least 1 (in units of the largest term) for all but the largest itself, whose others are summed
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .reference import Scores
 
-TILE = 2048  # numbers a program handles at once, more where K wants it
+TILE = 2048  # numbers that a program handles at once; more if K needs it
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def leave_one_out(r, k, K: tl.constexpr):
     best = tl.argmax(r, 0)
     rest = tl.where(k == best, float("-inf"), r)
     second = tl.max(rest, 0)
-    second = tl.where(second > float("-inf"), second, 0.0)  # nothing but the best: log 0, not NaN
+    second = tl.where(second > float("-inf"), second, 0.0)  # no other but the best: log 0, not NaN
     without_best = second + tl.log(tl.sum(tl.exp(rest - second), 0))
     others = tl.where(k == best, without_best, tl.log(total - tl.where(k == best, 0.0, e)))
     return tl.log(total / K), others - tl.log(1.0 * (K - 1)), e / total

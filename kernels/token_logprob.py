@@ -4,24 +4,24 @@ H (T, D) hidden states, W (V, D) the language model's head; nats. FLOPs: 2TDV a 
 forward, three backward (the logits again, dH, dW), two where W or H is frozen. At T = 16384,
 D = 4096, V = 128256 a product is 17.2 TFLOP.
 
-Forward: a tiled product. A tile's logits live in float32 registers only; it leaves one partial
-log-sum-exp a row, in [V / 256, T] float32 (33 MB there), and the target's logit where that lies in
-the tile. Nothing is added atomically, so that two runs agree to the bit. What follows the product
-is paid V times a token, D does not matter: a maximum, an FMA, a power of 2 and a sum. Only a tile
-that has them looks for targets, and only the last one for the end of the vocabulary.
+Forward: a tiled product. A tile's logits exist only in float32 registers. The tile stores one
+partial log-sum-exp per row, in [V / 256, T] float32 (33 MB there), and the target's logit if it
+lies in the tile. Nothing is added atomically, so two runs are bit-equal. The work after the product
+is the same for every D: per logit a maximum, an FMA, a power of 2 and a sum. Only tiles that
+contain targets look for them, and only the last tile masks the end of the vocabulary.
 
-Backward: a chunk of the *vocabulary* at a time. The same tile, hence the same logits to the bit as
-in the forward pass, ends in dZ = (onehot - p) g, formed in float32 and rounded once; then the
-vendor's GEMM makes all of dW[chunk] = dZ^T H at once and adds dZ W[chunk] to dH, kept in float32.
-With chunks of tokens instead, all of dW would be read and written once a chunk.
+Backward: a chunk of the *vocabulary* at a time. The same tile computes the same logits, bit for
+bit, as the forward pass, and ends with dZ = (onehot - p) g, formed in float32 and rounded once.
+Then cuBLAS computes dW[chunk] = dZ^T H at once and adds dZ W[chunk] to dH, which stays in float32.
+Chunks of tokens instead would read and write all of dW once per chunk.
 Beyond dH and dW: dZ of at most 268 MB, and 4TD bytes (268 MB there) for dH in float32.
 
 Why these tiles: 128 x 256 is the largest whose accumulator (128 registers a thread in 8 warps)
-leaves room for the rest, and the larger a tile, the less H and W are read again:
-2TDV (1/128 + 1/256) bytes in bfloat16 from L2. Programs run in groups of 16 row tiles, so that the
-tiles at work at one time (16 x 8 on 132 multiprocessors) share 34 MB of H and W, which L2 holds:
-DRAM then sees W once per 2048 rows of H, 8.5 GB in all there, not the 67 GB of row-major order.
-Hopper loads tiles through TMA descriptors, which free the registers that pointers need.
+leaves registers for the rest. The larger a tile, the less often H and W are read again: 2TDV
+(1/128 + 1/256) bytes in bfloat16 from L2. Programs run in groups of 16 row tiles, so the tiles
+that run at one time (16 x 8 on 132 multiprocessors) share 34 MB of H and W, which fits into L2. So
+W is read from DRAM once per 2048 rows of H, 8.5 GB in all; row-major order would read 67 GB. On
+Hopper, TMA descriptors load the tiles, which frees the registers that pointers need.
 """
 
 from typing import NamedTuple
@@ -35,13 +35,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import reference
 
 IGNORED = -100
-DZ_BYTES = 2**28  # of the buffer for dZ: it sets how many columns of the vocabulary go together
+DZ_BYTES = 2**28  # size of the buffer for dZ, which sets the width of a vocabulary chunk
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, for tests
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a program's product; how it is launched."""
+    """Rows, columns and depth of the product of one program, and how it is launched."""
 
     T: int
     V: int
@@ -53,12 +53,13 @@ class Tile(NamedTuple):
 
 TMA = Tile(128, 256, 64, 8, 4, tma=True)
 POINTERS = Tile(128, 256, 64, 8, 3)
-SMALL = Tile(64, 64, 32, 4, 2)  # off the tensor cores' fast path: what cannot be hurried
+SMALL = Tile(64, 64, 32, 4, 2)  # for operands that cannot use the tensor cores' fast path
 
 
 @triton.jit
 def tile_of(T, V, BT: tl.constexpr, BV: tl.constexpr):
-    """First row and column of this program's tile: 16 row tiles go together, column by column."""
+    """First row and column of this program's tile. Tiles run in groups of 16 row tiles, column by
+    column."""
     rows, columns = tl.cdiv(T, BT), tl.cdiv(V, BV)
     pid = tl.program_id(0)
     i, j = tl.swizzle2d(pid // columns, pid % columns, rows, columns, 16)
@@ -68,7 +69,7 @@ def tile_of(T, V, BT: tl.constexpr, BV: tl.constexpr):
 @triton.jit
 def product_tile(H, W, row, column, T, V, D, BT: tl.constexpr, BV: tl.constexpr,
                  BD: tl.constexpr, TMA: tl.constexpr):
-    """[BT, BV] of H W^T, in float32; past row T or column V there is no telling what."""
+    """[BT, BV] of H W^T in float32; values past row T or column V are undefined."""
     rows = tl.minimum(row + tl.arange(0, BT), T - 1).to(tl.int64)
     columns = tl.minimum(column + tl.arange(0, BV), V - 1).to(tl.int64)
     depth = tl.arange(0, BD)
@@ -80,7 +81,7 @@ def product_tile(H, W, row, column, T, V, D, BT: tl.constexpr, BV: tl.constexpr,
             inside = (d + depth < D)[None, :]
             h = tl.load(H + rows[:, None] * D + (d + depth)[None, :], inside, 0.0)
             w = tl.load(W + columns[:, None] * D + (d + depth)[None, :], inside, 0.0)
-        if INTERPRETED:  # numpy knows no bfloat16; its products are exact in float32
+        if INTERPRETED:  # numpy has no bfloat16; products of bfloat16 are exact in float32
             h, w = h.to(tl.float32), w.to(tl.float32)
         z = tl.dot(h, w.T, z, input_precision="ieee")
     return z
@@ -88,7 +89,7 @@ def product_tile(H, W, row, column, T, V, D, BT: tl.constexpr, BV: tl.constexpr,
 
 @triton.jit
 def exp2(x):
-    """2^x, but 0 below 2^-126: numbers smaller than that take Triton three more instructions."""
+    """2^x, flushed to 0 below 2^-126: smaller numbers would cost three more instructions."""
     if INTERPRETED:
         y = tl.exp2(x)
     else:
@@ -120,7 +121,7 @@ def forward_tile(H, W, targets, scale, partial, chosen, T, V, D, BT: tl.constexp
 @triton.jit
 def backward_tile(H, W, dZ, targets, scale, lse, upstream, first, width, T, V, D,
                   BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
-    """dZ[T, width] is that of the vocabulary from `first` on; width is a multiple of BV."""
+    """dZ[T, width] of the vocabulary from column `first` on; width is a multiple of BV."""
     row, column = tile_of(T, width, BT, BV)
     z = product_tile(H, W, row, first + column, T, V, D, BT, BV, BD, TMA)
     rows, columns = row + tl.arange(0, BT), column + tl.arange(0, BV)
@@ -138,8 +139,8 @@ def backward_tile(H, W, dZ, targets, scale, lse, upstream, first, width, T, V, D
 
 
 def tile_for(hidden: Tensor, weight: Tensor) -> Tile:
-    """How to launch: the tensor cores would round float32 to TF32, and fast loads want rows that
-    begin at 16 bytes. TMA descriptors are Hopper's and later data centre GPUs'."""
+    """How to launch. float32 avoids the tensor cores, which would round it to TF32. Fast loads need
+    rows aligned to 16 bytes. TMA descriptors exist on Hopper and on later data centre GPUs."""
     aligned = hidden.shape[1] * hidden.element_size() % 16 == 0 and all(
         x.data_ptr() % 16 == 0 for x in (hidden, weight))
     if hidden.dtype == torch.float32 or not aligned:
@@ -149,7 +150,7 @@ def tile_for(hidden: Tensor, weight: Tensor) -> Tile:
 
 
 def launch(kernel, tile: Tile, columns: int, matrices: list[Tensor], *rest) -> None:
-    """Runs a kernel on every tile of [T, columns]; matrices: H, W, on the way back dZ."""
+    """Runs a kernel on every tile of [T, columns]. matrices: H, W and, in the backward pass, dZ."""
     (T, D), V = matrices[0].shape, len(matrices[1])
     if tile.tma and T:
         blocks = [tile.T, tile.D], [tile.V, tile.D], [tile.T, tile.V]
@@ -163,7 +164,7 @@ def launch(kernel, tile: Tile, columns: int, matrices: list[Tensor], *rest) -> N
 @torch.library.custom_op("latro::token_logprobs", mutates_args=())
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor,
             scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs and log-sum-exps, (T,) float32 each; scale (T,): 1 / temperature."""
+    """Log-probs and log-sum-exps, (T,) float32 each. scale (T,): 1 / temperature."""
     tile, T, V = tile_for(hidden, weight), len(hidden), len(weight)
     partial = scale.new_empty(triton.cdiv(V, tile.V), T)
     chosen = torch.full_like(scale, torch.nan)
@@ -175,14 +176,14 @@ def forward(hidden: Tensor, weight: Tensor, targets: Tensor,
 @torch.library.custom_op("latro::token_logprobs_backward", mutates_args=())
 def backward(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, lse: Tensor,
              upstream: Tensor, need_h: bool, need_w: bool) -> tuple[Tensor, Tensor]:
-    """dH and dW in the operands' dtype; empty where it is not needed."""
+    """dH and dW in the operands' dtype; empty if not needed."""
     tile, (T, D), V = tile_for(hidden, weight), hidden.shape, len(weight)
     dH = scale.new_zeros(T if need_h else 0, D)
     dW = weight.new_empty(V if need_w else 0, D)
     upstream = (upstream * scale).masked_fill(targets == IGNORED, 0.0)
     most = max(1, DZ_BYTES // (max(1, T) * hidden.element_size() * tile.V))
     width = tile.V * min(most, triton.cdiv(V, tile.V))
-    # An interpreted kernel rounds to bfloat16 towards 0: there, leave the rounding to torch.
+    # The interpreter rounds to bfloat16 towards 0: there, torch does the rounding.
     buffer = hidden.new_empty(T * width, dtype=torch.float32 if INTERPRETED.value else None)
     for first in range(0, V, width):
         used = min(width, triton.cdiv(V - first, tile.V) * tile.V)
@@ -201,7 +202,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, accumulated in float32 throughout."""
     if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # no CPU kernel multiplies in one dtype and adds in another
+    else:  # CPU kernels do not multiply in one dtype and add in another
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
@@ -234,10 +235,10 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor,
                    temperature: Tensor | float = 1.0) -> Tensor:
     """log softmax(hidden @ weight.T / temperature)[targets], as (T,) float32 nats.
 
-    hidden (T, D) and weight (V, D) in bfloat16, float16 or float32, differentiable in both; of two
-    dtypes the wider one counts. targets (T,) int64: -100 gives 0 and no gradient, any other number
-    outside the vocabulary NaN. A temperature for all, or (T,). Keeps the operands and two numbers
-    a row for the backward pass. float64 goes to the definition, chunked torch."""
+    hidden (T, D) and weight (V, D) in bfloat16, float16 or float32, differentiable in both; if they
+    differ, the wider dtype is used. targets (T,) int64: -100 gives 0 and no gradient, any other
+    number outside the vocabulary gives NaN. temperature: one number, or (T,). Saves the operands
+    and two numbers per row for the backward pass. float64 uses the definition, chunked torch."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if dtype == torch.float64:
         return reference.token_logprobs.__wrapped__(hidden, weight, targets, temperature)

@@ -62,7 +62,7 @@ def test_processes_change_nothing(graded, run, tmp_path):
 
 
 def test_goes_on_where_it_was_interrupted(graded, run, tmp_path, monkeypatch, capsys):
-    """Neither a question lost nor one done twice, also behind a line that a kill tore."""
+    """No question is lost or done twice, also after a line that a kill has torn."""
     evaluate, seen = latro.evaluate, []
 
     def interrupted(*args):

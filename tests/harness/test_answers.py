@@ -115,7 +115,7 @@ REPLIES = [
     ("~ B12.", "12", NO, NO), ("~ x2.", "2", NO, NO), ("~ CO2.", "2", NO, NO),
     ("~ COVID-19.", "19", NO, NO), ("~ 18 m^2.", "18", YES, YES), ("~ 18 of B12.", "18", YES, YES),
     ("~ x^2.", "2", NO, NO), ("~ H2O, 18.", "18", YES, YES), ("~ 18cm\u00b3.", "18", YES, YES),
-    # a text: exact but for case, white space, and what stands around it
+    # a text: exact except for case, white space, and what surrounds it
     ("~ water.", "water", YES, YES), ("~ Water.", "water", YES, YES),
     ("~ water", "water.", YES, YES),
     ("~ \"water\".", "water", YES, YES), ("~ \u201cwater.\u201d", "water", YES, YES),
@@ -331,7 +331,7 @@ def test_arc_challenge():
                     assert not flexible(reply, gold, options), (reply, row)
 
 
-# ---- beside lm-evaluation-harness
+# ---- compared with lm-evaluation-harness
 
 AGREED = [  # as in REPLIES, but the verdicts are the harness's
     ("Monday 3 + 4 = 7. ~ 7.", "7"), ("Monday 3 + 4 = 7. ~ 8.", "7"), ("3 + 4 = 7.", "7"),
@@ -347,7 +347,7 @@ AGREED = [  # as in REPLIES, but the verdicts are the harness's
     ("~ 17 or 18.5.", "18"), ("~ 18, of course.", "18"), ("~ 18 of them.", "18"), ("~ .", "18"),
     ("~ 18-year-old.", "18"), ("~ -0.", "1"), ("So $18.", "18"), ("**18**", "18"), ("1 8", "18"),
 ]
-DIGIT_FIRST = "its strict filter wants the number right behind the template"
+DIGIT_FIRST = "its strict filter wants the number right after the template"
 GREEDY = "its strict filter wants one more character, and takes the number's last digit for it"
 SPELLING = "it compares spellings, we compare numbers"
 FIRST = "its strict filter reads the first template, we the last"

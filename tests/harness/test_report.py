@@ -248,7 +248,7 @@ def test_narrow_terminal():
 
 
 def test_from_the_command_line(tmp_path, capsys):
-    """The toy's base beside itself: nothing is fixed or broken, and the page says the same."""
+    """The toy's base compared with itself: nothing is fixed or broken, and the page says the same."""
     page, (_, data, *_) = tmp_path / "new.html", TINY
     flags = f"--ckpt {TOY} --base {TOY} --task toy --data {data} --k 2 --L 4 --questions 3 --show 2"
     argv = [*flags.split(), "--out", str(tmp_path), "--report", str(page)]

@@ -123,7 +123,7 @@ def check(h, W, targets, g, temperature=1.0):
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_no_larger_than_that_of_torch(dtype, tile, launched):
-    """More than one tile each way, none of them full. By the norm, and but for 4 roundings to
+    """More than one tile each way, none of them full. By the norm, and apart from 4 roundings to
     float32: powers of 2 in place of e cost one of each logit and two of each log-sum-exp."""
     launched(TILES[tile])
     given = *problem(150, 300, 72, dtype), 0.7
@@ -514,7 +514,7 @@ def test_chunks_of_the_vocabulary_change_nothing(columns, tile, monkeypatch, lau
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 def test_the_least_chunk_is_one_tile(dtype, monkeypatch, launched):
     """A sum of 24 chunks has one rounding to the gradient's dtype, not 24: it is as far from
-    float64 as that of one chunk, but for those of float32."""
+    float64 as that of one chunk, apart from the roundings of float32."""
     launched(TINY_TILE)
     given = problem(16, 24 * 16 - 3, 16, dtype)
     whole = error(run(token_logprobs, *given)[1].double(), exact(*given)[1])
@@ -816,7 +816,7 @@ def test_scores_twice_agree_to_the_bit(bound):
 
 
 def test_scoring_waits_for_no_device(monkeypatch):
-    """One launch, and nothing that brings a number to the host or whose shape hangs on values."""
+    """One launch, and nothing that brings a number to the host or whose shape depends on values."""
     seen = Launches()
     monkeypatch.setattr(rationale_score, "score_question", seen)
     logp, logp0, spans = packed(5)
