@@ -19,7 +19,8 @@ SHARED = {80: 166_912, 90: 232_448}  # bytes a block can have; the compiler does
 STACK = {80: 64, 90: 0}  # bytes: sm_80 has no TMA, and spills a few of its pointers
 BUILDS = [f"sm_{arch}{which}" for which in TRITONS for arch in SHARED]
 
-pytestmark = pytest.mark.skipif(not kernels.TRITON, reason="there is no Triton here")
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(not kernels.TRITON, reason="there is no Triton here")]
 
 
 @pytest.fixture(scope="module")
