@@ -1,11 +1,11 @@
-"""The evidence on the toy: every arm trained, all of them graded on the same questions, and drawn.
+"""Trains every arm on the toy, grades all of them on the same questions, and draws the figures.
 
-    python toy/make.py --seed 1 --out runs/second    another base, from another pretraining seed
-    python experiments/evidence.py                   train what is missing, grade, draw
+    python toy/make.py --seed 1 --out runs/second    a second base, from another pretraining seed
+    python experiments/evidence.py                   train the runs that are missing, grade, draw
 
-An arm is latro.py with some flags, or with its credit broken on purpose (the controls). Its runs
-are in {--runs}/{arm}.{seed}, --jobs of them go on at a time, one thread each; eval.py keeps what it
-has graded. So nothing is made twice. Tables go to --out, figures to --pictures.
+An arm is latro.py with some flags. In the controls its credit is broken on purpose. Each run is
+saved in {--runs}/{arm}.{seed}. --jobs runs train at a time, one thread each. Finished runs are not
+trained again, and graded replies are kept. Tables go to --out, figures to --pictures.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BASE, SECOND = ROOT / "toy/model", Path("runs/second/model")
 class Arm(NamedTuple):
     seeds: int = 2
     flags: str = ""
-    control: str = ""  # how its credit is broken: see broken_credit
+    control: str = ""  # how the credit is broken: "zero" or "shuffled", see broken_credit
     base: Path = BASE
 
 
@@ -62,15 +62,17 @@ TABLES = {  # columns of eval.py
     "evidence": ("greedy", "T = 1", "maj@k", "log p(y|x)", "log p(y|x+z)", "ELBO", "z"),
     "diagnostics": ("template", "answer", "end", "ends", "reaches", "follows", "r ~ right",
                     "entropy", "unique")}
-DRAWN = dict(k=32, questions=300, ckpt=["LaTRO", "L 28"], sft="SFT, 19 epochs")
+FIGURES = dict(k=32, questions=300, ckpt=["LaTRO", "L 28"], sft="SFT, 19 epochs")
 
 
 def broken_credit(control: str):
-    """score_rationales with no advantage, or with that of the next rationale of the group."""
-    right = latro.score_rationales
+    """A score_rationales whose advantages are all 0 ("zero"), or those of another rationale of the
+    same group ("shuffled")."""
+    score_rationales = latro.score_rationales
 
     def score(logp, logp0, z_start, y_start, end, K, beta, *, total, **options):
-        scores = right(logp, logp0, z_start, y_start, end, K, beta, total=total, **options)
+        scores = score_rationales(logp, logp0, z_start, y_start, end, K, beta, total=total,
+                                  **options)
         A = scores.advantage.view(-1, K)
         A = (torch.zeros_like(A) if control == "zero" else A.roll(1, 1)).flatten()
         for n, (start, stop) in enumerate(zip(z_start.tolist(), y_start.tolist())):
@@ -80,23 +82,27 @@ def broken_credit(control: str):
     return score
 
 
-def folder(runs: Path, name: str, seed: int = 0) -> Path:
+def run_dir(runs: Path, name: str, seed: int = 0) -> Path:
+    """The directory of an arm's run."""
     return runs / f"{name.replace(',', '').replace(' ', '_')}.{seed}"
 
 
 def train(name: str, seed: int, out: Path) -> None:
-    """One run, from its last state where there is one."""
+    """Trains one run, or resumes it if it has a saved state."""
     torch.set_num_threads(1)
     arm = ARMS[name]
     if arm.control:
         latro.score_rationales = broken_credit(arm.control)
-    given = ["--task", "toy", "--model", str(arm.base), "--out", str(out), "--seed", str(seed)]
-    if latro.main(given + arm.flags.split() + ["--resume"] * (out / "latro.json").exists()):
+    flags = ["--task", "toy", "--model", str(arm.base), "--out", str(out), "--seed", str(seed),
+             *arm.flags.split()]
+    if (out / "latro.json").exists():
+        flags.append("--resume")
+    if latro.main(flags):
         raise SystemExit(f"{name}, seed {seed}: training failed")
 
 
-def in_turn(commands: list[list], jobs: int) -> None:
-    """Runs commands, so many at a time, one thread each; stops at the first that fails."""
+def run_all(commands: list[list], jobs: int) -> None:
+    """Runs all commands, `jobs` at a time, one thread each. Stops at the first that fails."""
     running: list[subprocess.Popen] = []
     while commands or running:
         while commands and len(running) < jobs:
@@ -107,79 +113,89 @@ def in_turn(commands: list[list], jobs: int) -> None:
         running = [job for job in running if job not in ended]
         if any(job.returncode for job in ended):
             for job in running:
-                job.terminate()  # it finishes its update and saves
-            raise SystemExit("it ended with the message above; what is done is kept")
+                job.terminate()  # latro.py finishes its update and saves
+            raise SystemExit("a command failed: see the message above; finished work is kept")
 
 
 def grade(out: Path, jobs: int, *flags) -> dict:
-    """eval.json of an evaluation, without the replies."""
-    in_turn([[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+    """Runs eval.py. Returns its eval.json without the replies."""
+    run_all([[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
               jobs, ROOT / "eval.py", "--task", "toy", "--out", out, "--batch", 64, *flags]], 1)
-    held = json.loads((out / "eval.json").read_text())
-    return {k: v for k, v in held.items() if k != "rows"}
+    graded = json.loads((out / "eval.json").read_text())
+    return {key: value for key, value in graded.items() if key != "rows"}
 
 
-def line(name: str, columns: tuple[str, ...], found: list[dict]) -> str:
-    """Markdown: one seed's means over the questions, or their range over seeds."""
-    means = [[r["columns"][c][0] for r in found] for c in columns]
-    ranges = [dict.fromkeys(digits(c, end(m)) for end in (min, max))
-              for c, m in zip(columns, means)]
-    return f"| {' | '.join([name, str(len(found)), *map(' to '.join, ranges)])} |\n"
+def table_row(name: str, columns: tuple[str, ...], seeds: list[dict]) -> str:
+    """A row in Markdown: the means over questions of one seed, or their range over seeds."""
+    cells = [name, str(len(seeds))]
+    for column in columns:
+        means = [result["columns"][column][0] for result in seeds]
+        ends = digits(column, min(means)), digits(column, max(means))
+        cells.append(" to ".join(dict.fromkeys(ends)))  # one number if both ends look the same
+    return f"| {' | '.join(cells)} |\n"
 
 
-def table(columns: tuple[str, ...], arms: dict[str, Arm], held: dict[Path, dict],
+def table(columns: tuple[str, ...], arms: dict[str, Arm], graded: dict[Path, dict],
           runs: Path) -> str:
-    """held: eval.json by base."""
+    """A table in Markdown, one row per arm. graded: eval.json by base."""
     heads = ["", "seeds", *(c.replace("@k", "@8").replace("|", "\\|") for c in columns)]
     text = f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n"
-    for base, of in held.items():
-        found = of["results"]
-        text += line("base" if base == BASE else "second base", columns, [found["base"]])
-        for name in (n for n, arm in arms.items() if arm.base == base):
-            seeds = [folder(runs, name, s).name for s in range(arms[name].seeds)]
-            text += line(name, columns, [found[seed] for seed in seeds])
+    for base, evaluation in graded.items():
+        results = evaluation["results"]
+        text += table_row("base" if base == BASE else "second base", columns, [results["base"]])
+        for name, arm in arms.items():
+            if arm.base == base:
+                seeds = [run_dir(runs, name, seed).name for seed in range(arm.seeds)]
+                text += table_row(name, columns, [results[seed] for seed in seeds])
     return text
 
 
 def draw(runs: Path, jobs: int, out: Path) -> None:
-    """The figures of eval.py for DRAWN."""
-    made = runs / "figures"
-    grade(made, jobs, "--figures", "--k", DRAWN["k"], "--questions", DRAWN["questions"], "--sft",
-          folder(runs, DRAWN["sft"]), "--ckpt", *(folder(runs, name) for name in DRAWN["ckpt"]))
-    for file in made.glob("*.png"):
+    """Draws the figures of eval.py for the runs in FIGURES into `out`."""
+    folder = runs / "figures"
+    grade(folder, jobs, "--figures", "--k", FIGURES["k"], "--questions", FIGURES["questions"],
+          "--sft", run_dir(runs, FIGURES["sft"]),
+          "--ckpt", *(run_dir(runs, name) for name in FIGURES["ckpt"]))
+    for file in folder.glob("*.png"):
         (out / file.name).write_bytes(file.read_bytes())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--questions", type=int, default=1000, help="of the test split; 0: all")
-    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--out", type=Path, default=ROOT / "experiments", help="of the tables")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "assets", help="of the figures")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS])
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--questions", type=int, default=1000,
+                        help="graded questions of the test split; 0: all (default: 1000)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"),
+                        help="directory of the runs (default: runs/evidence)")
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments",
+                        help="directory of the tables (default: experiments)")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "assets",
+                        help="directory of the figures (default: assets)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS],
+                        help="arms to train and grade (default: all)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         name, seed = args.one
-        return train(name, int(seed), folder(args.runs, name, int(seed)))
-    arms, held = {name: ARMS[name] for name in args.arms}, {}
+        return train(name, int(seed), run_dir(args.runs, name, int(seed)))
+    arms, graded = {name: ARMS[name] for name in args.arms}, {}
     for name, arm in arms.items():
         if not (arm.base / "config.json").exists():
-            raise SystemExit(f"{name}: no model in {arm.base}; make it as {__file__} says at its"
-                             " top, or choose other --arms")
+            raise SystemExit(f"{name}: no model in {arm.base}; see the top of {__file__} for how to"
+                             " make it, or choose other --arms")
     runs = [(name, seed) for name, arm in arms.items() for seed in range(arm.seeds)]
-    in_turn([[sys.executable, __file__, "--runs", args.runs, "--one", *run] for run in runs
-             if not (folder(args.runs, *run) / "config.json").exists()], args.jobs)
+    run_all([[sys.executable, __file__, "--runs", args.runs, "--one", *run] for run in runs
+             if not (run_dir(args.runs, *run) / "config.json").exists()], args.jobs)
     for base in dict.fromkeys(arm.base for arm in arms.values()):
-        own = [folder(args.runs, *run) for run in runs if arms[run[0]].base == base]
-        held[base] = grade(args.runs / f"graded_{[BASE, SECOND].index(base)}", args.jobs, "--base",
-                           base, "--L", 48, "--questions", args.questions, "--ckpt", *own)
+        checkpoints = [run_dir(args.runs, *run) for run in runs if arms[run[0]].base == base]
+        folder = args.runs / f"graded_{[BASE, SECOND].index(base)}"
+        graded[base] = grade(folder, args.jobs, "--base", base, "--L", 48,
+                             "--questions", args.questions, "--ckpt", *checkpoints)
     for name, columns in TABLES.items():
-        text = table(columns, arms, held, args.runs)
+        text = table(columns, arms, graded, args.runs)
         atomic_write(args.out / f"{name}.md", text)
         print(text)
-    record = json.dumps([*held.values()], indent=1).replace(f"{ROOT}/", "")
+    record = json.dumps([*graded.values()], indent=1).replace(f"{ROOT}/", "")
     atomic_write(args.out / "evidence.json", record)
     draw(args.runs, args.jobs, args.pictures)
 

@@ -1,7 +1,7 @@
-"""Draws what eval.py --figures derives: numbers in, PNG out, on a page 7 inches wide.
+"""Draws the figures of eval.py --figures from their numbers, as PNG files 7 inches wide.
 
-White ground for dark pages too; the colours of Okabe and Ito, which the colour-blind can tell
-apart, and a marker of its own for every row.
+The background is white, also for dark pages. The colours are those of Okabe and Ito, which
+colour-blind readers can tell apart; the first seven rows also have different markers.
 """
 
 from pathlib import Path
@@ -41,20 +41,20 @@ def name_rows(figure: Figure) -> Figure:
 
 
 def spread(axis: Axes, x: list, band: dict, i: int, every: int, label: str) -> None:
-    """A line for row i and its 95 % interval; markers start apart, so that none hides another."""
+    """Draws row i's line and its 95 % interval. Markers are offset, so that none is hidden."""
     axis.fill_between(x, band["low"], band["high"], color=looks(i)["color"], alpha=0.15, lw=0)
     axis.plot(x, band["mean"], label=label, markevery=(i * every // 4, every), **looks(i))
 
 
 def curves(numbers: dict) -> Figure:
-    """A run over the questions seen: held-out points, and every update as a thin line."""
+    """A run over the questions seen: evaluations as markers, every update on a thin line."""
     figure, axes = new(5, 2, 2)
     held_out, updates = numbers["held_out"], numbers["updates"]
     for axis, (unit, names) in zip(axes, PANELS):
         for i, (key, name) in enumerate(names.items()):
             for of, how in ((updates, dict(color=looks(i)["color"], lw=0.7, alpha=0.6)),
                             (held_out, looks(i) | dict(label=name))):
-                if None not in of[key]:  # no KL where beta is 0, no accuracy while training
+                if None not in of[key]:  # no KL if beta is 0, no accuracy in updates
                     axis.plot(of["seen"], of[key], **how)
         axis.set(xlabel="questions seen", ylabel=unit)
         if len(names) > 1 and axis.lines:
@@ -65,7 +65,7 @@ def curves(numbers: dict) -> Figure:
 
 
 def likelihood(rows: dict[str, dict]) -> Figure:
-    """A bar for each row and what stands before y: the template below, answer and end above it."""
+    """A bar for each row and context of y: the template below, the answer and end above it."""
     figure, [axis] = new(3.8)
     there = [n for n in BEFORE if all(n in of for of in rows.values())]
     for i, (name, of) in enumerate(rows.items()):
@@ -82,7 +82,7 @@ def likelihood(rows: dict[str, dict]) -> Figure:
                           textcoords="offset points", ha="center", rotation=90 * (len(rows) > 4))
     axis.set_xticks(range(len(there)), [BEFORE[n] for n in there])
     axis.grid(visible=False, axis="x")
-    axis.margins(y=0.14)  # matplotlib does not reckon with the numbers above the bars
+    axis.margins(y=0.14)  # room for the numbers above the bars, which matplotlib ignores
     none = "" if "given" in there else "\nthese data have no gold rationales"
     axis.set(xlabel="rationale before y", ylabel="mean -log p(y|x), nats", ylim=(0, None))
     axis.set_title(f"light: template; full shade: gold answer and end; 95 % interval{none}",
@@ -91,7 +91,7 @@ def likelihood(rows: dict[str, dict]) -> Figure:
 
 
 def length(rows: dict[str, dict], trained: dict[str, int]) -> Figure:
-    """Greedy accuracy over L; a dashed line where a checkpoint was trained."""
+    """Greedy accuracy over L, with a dashed line at each checkpoint's L of training."""
     figure, [axis] = new(3.8)
     for i, (name, band) in enumerate(rows.items()):
         x = range(1, len(band["mean"]) + 1)
@@ -104,7 +104,7 @@ def length(rows: dict[str, dict], trained: dict[str, int]) -> Figure:
 
 
 def votes(rows: dict[str, dict]) -> Figure:
-    """maj@k with its band, pass@k as a thin dashed line."""
+    """maj@k with its 95 % interval, and pass@k as a thin dashed line."""
     figure, [axis] = new(3.8)
     for i, (name, of) in enumerate(rows.items()):
         x = range(1, len(of["maj"]["mean"]) + 1)
@@ -117,7 +117,7 @@ def votes(rows: dict[str, dict]) -> Figure:
 
 
 def draw(numbers: dict, out: Path) -> None:
-    """{out}/curves.png, where there are logs, likelihood.png, length.png and votes.png."""
+    """Writes likelihood.png, length.png, votes.png and, if there are logs, curves.png to `out`."""
     with rc_context(STYLE):
         made = dict(likelihood=likelihood(numbers["likelihood"]), votes=votes(numbers["votes"]),
                     length=length(**numbers["length"]))

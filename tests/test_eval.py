@@ -1,4 +1,5 @@
-"""eval.py: the same replies however the work is split or interrupted, and what is made of them."""
+"""Proves that eval.py's replies do not depend on how the work is split or interrupted, and that its
+statistics are correct."""
 
 import itertools
 import json
@@ -17,12 +18,12 @@ from test_distributed import assert_close
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A checkpoint two updates away from the toy's base."""
+    """A run of two updates from the toy's base."""
     return start(*TINY, "--steps", 2, out=tmp_path_factory.mktemp("eval") / "run")
 
 
 def grade(run, out, *flags):
-    """eval.json of eval.py in this process: 8 questions, 3 samples each."""
+    """Runs eval.py in this process on 8 questions, 3 samples each. Returns its eval.json."""
     flags = "--ckpt", run, "--out", out, "--k", 3, *flags
     assert grading.main([*map(str, flags)]) == 0
     return json.loads(Path(out, "eval.json").read_text())
@@ -34,7 +35,7 @@ def graded(run, tmp_path_factory):
 
 
 def test_rows_and_records(graded, run):
-    """Each row of the table answers every question, with k samples and their log-probs."""
+    """Each row of the table has a record for every question, with k samples and log-probs."""
     assert list(graded["rows"]) == list(graded["results"]) == ["base", run.name]
     for records in graded["rows"].values():
         assert len(records) == 8 and all(len(r["samples"]) == 3 for r in records)
@@ -52,23 +53,27 @@ def test_batches_change_nothing(graded, run, tmp_path, batch):
 
 @pytest.mark.slow
 def test_processes_change_nothing(graded, run, tmp_path):
-    """Floats to 1e-4: other matrix shapes, other rounding."""
+    """Floats agree to 1e-4: different matrix shapes round differently."""
     code, _, err = launch("--ckpt", run, "--out", tmp_path, "--k", 3, processes=2,
                           script=ROOT / "eval.py")
     assert code == 0, err
-    held = json.loads(Path(tmp_path, "eval.json").read_text())
-    assert_close(held["rows"], graded["rows"], rel=1e-4)
-    assert_close(held["results"], graded["results"], rel=1e-4)
+    result = json.loads(Path(tmp_path, "eval.json").read_text())
+    assert_close(result["rows"], graded["rows"], rel=1e-4)
+    assert_close(result["results"], graded["results"], rel=1e-4)
 
 
-def test_goes_on_where_it_was_interrupted(graded, run, tmp_path, monkeypatch, capsys):
-    """No question is lost or done twice, also after a line that a kill has torn."""
-    evaluate, seen = latro.evaluate, []
+def test_continues_after_an_interruption(graded, run, tmp_path, monkeypatch, capsys):
+    """No question is lost or graded twice, even if a kill left a partial line."""
+    evaluate, finished, asked = latro.evaluate, [], []
 
     def interrupted(*args):
-        if len(seen) == 2:
+        if len(finished) == 2:
             raise OSError("pulled the plug")
-        seen.append(args[-1])
+        finished.append(args[-1])
+        return evaluate(*args)
+
+    def recorded(*args):
+        asked.append(args[-1])
         return evaluate(*args)
     flags = ["--ckpt", str(run), "--out", str(tmp_path), "--k", "3", "--batch", "3"]
     with monkeypatch.context() as patch:
@@ -77,8 +82,7 @@ def test_goes_on_where_it_was_interrupted(graded, run, tmp_path, monkeypatch, ca
     assert "run this again" in capsys.readouterr().err
     with open(tmp_path / "base.jsonl", "a") as f:
         f.write('{"question": "torn')
-    asked = []
-    monkeypatch.setattr(latro, "evaluate", lambda *a: asked.append(a[-1]) or evaluate(*a))
+    monkeypatch.setattr(latro, "evaluate", recorded)
     assert grading.main(flags) == 0
     assert asked[0] == slice(6, 9) and len(asked) == 4  # the rest of the base; all of the run
     assert json.loads(Path(tmp_path, "eval.json").read_text())["rows"] == graded["rows"]
@@ -88,7 +92,7 @@ def test_goes_on_where_it_was_interrupted(graded, run, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("flags", [
     ["--k", 2], ["--seed", 1], ["--L", 20], ["--split", "validation"]])
-def test_other_settings_start_anew(graded, run, tmp_path, flags):
+def test_other_settings_start_over(graded, run, tmp_path, flags):
     for name in ("base", run.name):
         lines = [json.dumps(r) for r in graded["rows"][name]]
         Path(tmp_path, f"{name}.jsonl").write_text("\n".join(["{}", *lines, ""]))
@@ -96,8 +100,8 @@ def test_other_settings_start_anew(graded, run, tmp_path, flags):
     assert again["rows"] != graded["rows"]
 
 
-def test_trained_further_starts_anew(graded, run, tmp_path):
-    """Rows of another state of the weights are not taken for this one's."""
+def test_changed_weights_start_over(graded, run, tmp_path):
+    """Records made with earlier weights are not reused."""
     grade(run, tmp_path)
     weights = run / "model.safetensors"
     weights.write_bytes(weights.read_bytes())
@@ -134,21 +138,21 @@ def test_columns():
         "entropy": (3 + 5 + 4) / (6 + 8 + 7), "unique": 2 / 3})
 
 
-def test_what_nothing_is_known_of():
-    """No correlation where all rationales are right, no following where no reply answers."""
+def test_missing_values():
+    """No correlation if all samples are right; no "follows" if no reply answers."""
     silent = record("4", [sample("", right=True), sample("", -2.0, right=True)])
     found = grading.columns(silent)
     assert found["r ~ right"] is None and found["follows"] is None
     known = record("4", [sample("4", -1.0, right=True), sample("4", -2.0, z="so 3")])
     rows = dict(base=[silent] * 3, run=[silent, known, known])
-    of = {name: row["columns"] for name, row in grading.results(rows).items()}
-    assert of["base"]["follows"] == of["base"]["r ~ right"] == (None, None, None)
-    assert of["run"]["follows"].mean == 0.5 and of["run"]["r ~ right"].mean == pytest.approx(1)
+    base, run = (row["columns"] for row in grading.results(rows).values())
+    assert base["follows"] == base["r ~ right"] == (None, None, None)
+    assert run["follows"].mean == 0.5 and run["r ~ right"].mean == pytest.approx(1)
     assert "nan" not in report.markdown(grading.results(rows), 2)
 
 
-def test_an_answer_follows_by_what_it_says():
-    """Numbers as numbers where gold is one; an option where it is a text."""
+def test_follows_ignores_spelling():
+    """Compares numbers if gold is a number, else options."""
     said = [("4 apples.", "2 + 2 = 4."), ("$4.00", "2 + 2 = 4."), ("5", "2 + 2 = 4."), ("", "4"),
             ("no idea", "2 + 2 = 4.")]
     samples = [sample(answer, z=z) for answer, z in said]
@@ -157,38 +161,39 @@ def test_an_answer_follows_by_what_it_says():
     assert grading.follows(samples, ["copper", "iron"], False) == 1 / 2
 
 
-def test_nan_is_not_left_out():
+def test_nan_is_an_error():
     rows = dict(base=[record("4", [sample("4")] * 2)] * 3)
     rows["run"] = [*rows["base"][:2], record("4", [sample("4"), sample("4", logp_y=math.nan)])]
-    with pytest.raises(errors.UserError, match=r"run, question 3: log p\(y\|x\+z\) is not a number"):
+    message = r"run, question 3: log p\(y\|x\+z\) is not a number"
+    with pytest.raises(errors.UserError, match=message):
         grading.results(rows)
 
 
 def test_estimates():
-    """Of a Bernoulli mean: the quantiles of the binomial distribution; a constant has no width."""
+    """A Bernoulli mean's interval is that of the binomial quantiles; a constant's has no width."""
     values = np.array([[1.0, 7.0]] * 30 + [[0.0, 7.0]] * 70)
-    share, constant = statistics.estimates(values)
+    fraction, constant = statistics.estimates(values)
     assert constant == pytest.approx((7, 7, 7))
-    assert share.mean == 0.3
+    assert fraction.mean == 0.3
     probability = [math.comb(100, i) * 0.3**i * 0.7**(100 - i) for i in range(101)]
     cdf = list(itertools.accumulate(probability))
     low, high = (next(i for i, c in enumerate(cdf) if c >= q) / 100 for q in (0.025, 0.975))
-    assert abs(share.low - low) <= 0.01 and abs(share.high - high) <= 0.01
+    assert abs(fraction.low - low) <= 0.01 and abs(fraction.high - high) <= 0.01
 
 
 def test_mcnemar_by_enumeration():
-    """Every way in which n differing questions can fall: as far from even as what was seen."""
-    for mended, broken in itertools.product(range(6), repeat=2):
-        n = mended + broken
-        before = [False] * mended + [True] * broken + [True, False]
-        after = [True] * mended + [False] * broken + [True, False]
-        seen = abs(mended - broken)
+    """p is the part of all 2^n outcomes of the changed questions that is at least as uneven."""
+    for fixed, broken in itertools.product(range(6), repeat=2):
+        n = fixed + broken
+        before = [False] * fixed + [True] * broken + [True, False]
+        after = [True] * fixed + [False] * broken + [True, False]
+        seen = abs(fixed - broken)
         p = sum(abs(2 * sum(ways) - n) >= seen for ways in itertools.product((0, 1), repeat=n))
-        assert statistics.mcnemar(before, after) == (mended, broken, pytest.approx(p / 2**n))
+        assert statistics.mcnemar(before, after) == (fixed, broken, pytest.approx(p / 2**n))
 
 
 def test_gains_are_paired():
-    """A model that is better on every question by the same amount has a gain without interval."""
+    """A model better by the same amount on every question has a gain without width."""
     rows = {name: [record("4", [sample("4", logp_y=y + gain)] * 2) for y in (-1.0, -8.0, -3.0)]
             for name, gain in (("base", 0.0), ("run", 0.5))}
     found = grading.results(rows)
@@ -209,7 +214,8 @@ def test_gains_are_paired():
     ("--ckpt {run} --task gsm8k", ["gsm8k"]), ("--ckpt {run} --k many", ["many"]),
     ("--ckpt {run} {run}", ["one name"]),
 ])  # fmt: skip
-def test_refusals(flags, words, run, tmp_path, capsys):
+def test_bad_flags(flags, words, run, tmp_path, capsys):
+    """Each gives one line on stderr that names what is wrong."""
     (tmp_path / "empty").mkdir()
     flags = flags.format(run=run, toy=TOY, empty=tmp_path / "empty").split()
     assert grading.main([*flags, "--out", str(tmp_path / "out")]) == 1

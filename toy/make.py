@@ -5,7 +5,7 @@
     python toy/make.py --profile toy/model   # only describe an existing model; half a minute
 
 Writes train.jsonl, validation.jsonl and test.jsonl, with rows {"question", "chain", "answer"} and,
-but for train, "rationale", the careful one; and model/, an ordinary Hugging Face directory: a Llama
+except in train, "rationale", the careful one; and model/, an ordinary Hugging Face directory: a Llama
 of 0.67 M parameters, a word-level tokenizer.
 A question is a chain of 3 or 4 operations, applied strictly left to right and told as a story:
 

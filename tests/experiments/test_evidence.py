@@ -1,4 +1,4 @@
-"""The two scripts that make the evidence, small: what they train and grade, and going on."""
+"""Proves that the experiments train and grade every arm, and continue where they stopped."""
 
 import json
 import sys
@@ -15,13 +15,13 @@ from experiments import evidence, real_model
 
 @pytest.mark.parametrize("control", ["zero", "shuffled"])
 def test_broken_credit(control):
-    """The controls take the credit from the rationales, and nothing else."""
-    draw, K = torch.Generator().manual_seed(0), 3
+    """The controls change the advantages and the weights of z, and nothing else."""
+    generator, K = torch.Generator().manual_seed(0), 3
     edges = torch.arange(0, 26, 2)
-    logp = -torch.rand(24, generator=draw)
-    given = logp, logp - 0.1, edges[:-1:2], edges[1::2], edges[2::2], K, 0.05
-    right = latro.score_rationales(*given, total=6.0)
-    broken = evidence.broken_credit(control)(*given, total=6.0)
+    logp = -torch.rand(24, generator=generator)
+    inputs = logp, logp - 0.1, edges[:-1:2], edges[1::2], edges[2::2], K, 0.05
+    right = latro.score_rationales(*inputs, total=6.0)
+    broken = evidence.broken_credit(control)(*inputs, total=6.0)
     A = right.advantage.view(2, K)
     A = torch.zeros_like(A) if control == "zero" else A[:, [2, 0, 1]]
     assert torch.equal(broken.advantage, A.flatten()) and torch.equal(broken.reward, right.reward)
@@ -34,59 +34,69 @@ def test_broken_credit(control):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """What the scripts would start as processes, run here: seconds instead of minutes."""
+    """Runs in this process what the scripts start as processes: seconds instead of minutes. Returns
+    the list of commands."""
+    started = []
+
     def run(command):
-        script, *flags = map(str, command)
+        started.append(command)
+        scripts = [i for i, part in enumerate(command) if str(part).endswith(".py")]
+        script, *flags = map(str, command[scripts[0]:])
         if "--one" in flags:
             name, seed = flags[flags.index("--one") + 1:]
             runs = evidence.Path(flags[flags.index("--runs") + 1])
-            with monkeypatch.context() as patch:  # a control breaks it for the process
+            with monkeypatch.context() as patch:  # a control replaces it for the whole process
                 patch.setattr(latro, "score_rationales", latro.score_rationales)
-                return evidence.train(name, int(seed), evidence.folder(runs, name, int(seed)))
+                evidence.train(name, int(seed), evidence.run_dir(runs, name, int(seed)))
+                return
         main = latro.main if script.endswith("latro.py") else grading.main
         assert main(flags) == 0
 
-    started = []
-    monkeypatch.setattr(evidence, "in_turn", lambda commands, jobs: [
-        started.append(command) or run(command[command.index(next(
-            part for part in command if str(part).endswith(".py"))):]) for command in commands])
-    monkeypatch.setattr(real_model, "until", lambda deadline, command, watch=lambda: None: (
-        started.append(command), run(command), watch()))
+    def run_all(commands, jobs):
+        for command in commands:
+            run(command)
+
+    def run_until(deadline, command, watch=lambda: None):
+        run(command)
+        watch()
+    monkeypatch.setattr(evidence, "run_all", run_all)
+    monkeypatch.setattr(real_model, "run_until", run_until)
     return started
 
 
 @pytest.mark.slow
 def test_evidence(in_process, tmp_path, monkeypatch):
-    """Tables, figures and the record; a second call trains and grades nothing."""
+    """It writes tables, figures and the record. A second call trains and grades nothing."""
     small = "--questions 2 --K 3 --L 24 --steps 1 --eval-questions 1"
     monkeypatch.setattr(evidence, "ARMS", {
         "LaTRO": evidence.Arm(2, small), "no credit": evidence.Arm(1, small, "zero"),
         "SFT": evidence.Arm(1, f"{small} --objective sft"),
         "another base": evidence.Arm(1, small, base=evidence.SECOND)})
-    monkeypatch.setattr(evidence, "DRAWN", dict(k=2, questions=3, ckpt=["LaTRO"], sft="SFT"))
-    (tmp_path / "made").mkdir()
-    flags = "evidence.py", "--questions", "3", "--runs", tmp_path / "runs", "--out", (
-        tmp_path / "made"), "--pictures", tmp_path / "made", "--arms", "LaTRO", "no credit", "SFT"
+    monkeypatch.setattr(evidence, "FIGURES", dict(k=2, questions=3, ckpt=["LaTRO"], sft="SFT"))
+    out = tmp_path / "made"
+    out.mkdir()
+    flags = ("evidence.py", "--questions", "3", "--runs", tmp_path / "runs", "--out", out,
+             "--pictures", out, "--arms", "LaTRO", "no credit", "SFT")
     monkeypatch.setattr(sys, "argv", [*map(str, flags)])
     evidence.main()
-    made = sorted(f.name for f in (tmp_path / "made").iterdir())
+    made = sorted(file.name for file in out.iterdir())
     assert made == ["curves.png", "diagnostics.md", "evidence.json", "evidence.md", "length.png",
                     "likelihood.png", "votes.png"]
-    heads, _, base, mean, broken, sft = (tmp_path / "made/evidence.md").read_text().splitlines()
+    heads, _, base, mean, broken, sft = (out / "evidence.md").read_text().splitlines()
     assert heads.startswith("|  | seeds | greedy | T = 1 | maj@8 | log p(y\\|x)")
     assert base.startswith("| base | 1 | 0.") and mean.startswith("| LaTRO | 2 | 0.")
     assert broken.startswith("| no credit | 1 | ") and sft.startswith("| SFT | 1 | ")
-    [held] = json.loads((tmp_path / "made/evidence.json").read_text())
-    assert "rows" not in held and held["results"]["LaTRO.1"]["columns"]["greedy"]
+    [graded] = json.loads((out / "evidence.json").read_text())
+    assert "rows" not in graded and graded["results"]["LaTRO.1"]["columns"]["greedy"]
     started = len(in_process)
     evidence.main()
-    assert len(in_process) == started + 2  # the two evaluations, which have all replies
+    assert len(in_process) == started + 2  # the two evaluations, which already have all replies
 
 
-def test_a_base_that_is_missing(monkeypatch, tmp_path):
-    """It is said before anything is trained."""
+def test_missing_base(monkeypatch, tmp_path):
+    """It is reported before anything is trained."""
     monkeypatch.setitem(evidence.ARMS, "LaTRO", evidence.Arm(1, base=tmp_path))
-    monkeypatch.setattr(evidence, "in_turn", None)
+    monkeypatch.setattr(evidence, "run_all", None)
     monkeypatch.setattr(sys, "argv", ["evidence.py", "--arms", "LaTRO"])
     with pytest.raises(SystemExit, match=f"LaTRO: no model in {tmp_path}"):
         evidence.main()
@@ -106,7 +116,8 @@ def gsm8k(folder):
 
 @pytest.mark.slow
 def test_real_model(in_process, tmp_path, monkeypatch, capsys):
-    """Every arm, the best state of each, both tables; a second call does nothing more."""
+    """It trains every arm, keeps the best checkpoint of each, and writes both tables. A second call
+    does nothing."""
     flags = ("--model", TOY, "--data", gsm8k(tmp_path / "data"), "--runs", tmp_path / "runs",
              *"--updates 2 --warm-up 1 --every 1 --graded 3 --k 2 --batch 2 --".split(),
              *"--questions 2 --K 2 --L 16 --eval-questions 2".split())
@@ -119,10 +130,10 @@ def test_real_model(in_process, tmp_path, monkeypatch, capsys):
         assert text in shown and names[2:7] == ["base", "sft", *real_model.ROWS]
     for name, steps in dict(warm_up=1, sft=3, latro_raw=2, latro_warm=2).items():
         best = tmp_path / "runs/selected" / name
-        looks = {r["step"]: r["greedy"] for r in rows(best, "evals") if r["step"]}
+        accuracy = {r["step"]: r["greedy"] for r in rows(best, "evals") if r["step"]}
         chosen = json.loads((best / "selected.json").read_text())
-        last_best = max(looks, key=lambda step: (looks[step], step))
-        assert chosen == dict(step=last_best, greedy=looks[last_best])
+        last_best = max(accuracy, key=lambda step: (accuracy[step], step))
+        assert chosen == dict(step=last_best, greedy=accuracy[last_best])
         assert len(rows(tmp_path / "runs" / name)) == steps
     before = json.loads((tmp_path / "runs/latro_warm/latro.json").read_text())["base"]
     assert before == str(tmp_path / "runs/selected/warm_up")
@@ -131,16 +142,16 @@ def test_real_model(in_process, tmp_path, monkeypatch, capsys):
     assert len(in_process) == started
 
 
-@pytest.mark.parametrize("looks, chosen", [
+@pytest.mark.parametrize("accuracies, chosen", [
     ([0.5, 0.2, 0.1], 1), ([0.5, 0.2, 0.4], 2), ([0.0, 0.3, 0.3], 2), ([0.9, 0.0], 1)])
-def test_best_on_held_out_questions(looks, chosen, tmp_path):
-    """Looks at updates 1, 2, ...: the first of `looks` is the base's, and is no checkpoint."""
+def test_best_on_held_out_questions(accuracies, chosen, tmp_path):
+    """`accuracies` are those at updates 0, 1, ...; update 0 is the base and has no checkpoint."""
     run, best = tmp_path / "run", tmp_path / "best"
-    for step, greedy in enumerate(looks):
+    for step, greedy in enumerate(accuracies):
         (run / "state").mkdir(parents=True, exist_ok=True)
         with open(run / "evals.jsonl", "a") as log:
             log.write(json.dumps(dict(step=step, greedy=greedy)) + "\n")
-        real_model.keep_best(run, best)  # logged, not saved yet
+        real_model.keep_best(run, best)  # logged, but not saved yet
         (run / "model.safetensors").write_text(str(step))
         for old in (run / "state").iterdir():
             old.rmdir()
@@ -152,15 +163,16 @@ def test_best_on_held_out_questions(looks, chosen, tmp_path):
 
 
 def test_a_slice_ends_in_time(tmp_path):
-    """The run in hand is asked to end, looked at once more, and the code says: call again."""
-    waits = tmp_path / "waits.py"
-    waits.write_text("import time\ntime.sleep(60)\n")
-    seen, start = [], time.monotonic()
-    with pytest.raises(SystemExit) as left:
-        real_model.until(start + 1, [waits], lambda: seen.append(1))
-    assert left.value.code == real_model.MORE and time.monotonic() - start < 30 and seen
+    """The deadline ends the command, watch() has been called, and the exit code is MORE."""
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("import time\ntime.sleep(60)\n")
+    calls, start = [], time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        real_model.run_until(start + 1, [sleeper], lambda: calls.append(1))
+    assert stop.value.code == real_model.MORE and time.monotonic() - start < 30 and calls
 
 
-def test_a_failure_is_not_taken_for_an_end(tmp_path):
+def test_a_failed_command_is_an_error(tmp_path):
+    """Its exit code is not mistaken for the end of a slice."""
     with pytest.raises(SystemExit, match="failed"):
-        real_model.until(time.monotonic() + 60, [tmp_path / "nothing.py"])
+        real_model.run_until(time.monotonic() + 60, [tmp_path / "nothing.py"])

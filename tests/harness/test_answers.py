@@ -1,9 +1,10 @@
-"""Proves that answers are graded as a reader would: replies, properties of any text, real data.
+"""Proves that answers are graded as a reader would grade them.
 
-lm-evaluation-harness's own GSM8K filters are compared with ours.
+Tables of replies, properties of arbitrary text, the real data sets, and a comparison with
+lm-evaluation-harness's own GSM8K filters.
 
     pip install hypothesis                for the properties
-    pip install --no-deps lm-eval         for its filters; they import nothing else but numpy
+    pip install --no-deps lm-eval         for its filters; they import only numpy
 """
 
 import json
@@ -21,27 +22,27 @@ from conftest import ROOT
 from harness.answers import (
     TEMPLATE, answer_in, as_number, canonical, flexible, fold, majority, same_answer, strict)
 
-DATA = ROOT.parent / "shared" / "data"  # the two data sets, where they are there
+DATA = ROOT.parent / "shared" / "data"  # the two data sets, if present
 YES, NO = True, False
 
 
 def rows(task):
-    """The rows of all splits; skips where they are not there."""
+    """The rows of all splits. Skips the test if there are none."""
     files = sorted((DATA / task).glob("*.jsonl"))
     if not files:
         pytest.skip(f"{DATA / task} is not there")
     return [json.loads(line) for f in files for line in f.open(encoding="utf-8")]
 
 
-# ---- replies: "~" is the template; right strictly, right flexibly
+# ---- replies: "~" stands for the template; the verdicts are strict, flexible
 
 REPLIES = [
-    # as training writes it
+    # as in training
     ("Monday 3 + 4 = 7. ~ 7.", "7", YES, YES),
     ("Monday 3 + 4 = 7. ~ 8.", "7", NO, NO),
     ("~ 18.", "18", YES, YES), ("~ 18", "18", YES, YES), ("~ 180.", "18", NO, NO),
     ("~ 18.", "180", NO, NO), ("~ -3.", "-3", YES, YES), ("~ 3.", "-3", NO, NO),
-    # template: absent, twice, at the end, in other letters, before a newline, in mark-up
+    # template: absent, twice, at the end, in lower case, before a newline, in mark-up
     ("", "18", NO, NO), (" \n\t", "18", NO, NO), ("...!?", "18", NO, NO), ("~", "18", NO, NO),
     ("~.", "18", NO, NO), ("~ =", "18", NO, NO), ("~ unknown", "18", NO, NO),
     ("18", "18", NO, YES), ("9 + 9 = 18", "18", NO, YES), ("So it is 18. ~", "18", NO, YES),
@@ -71,7 +72,7 @@ REPLIES = [
     ("~ +3.", "3", YES, YES), ("~ 1.", "+1", YES, YES), ("~ minus 3.", "-3", YES, YES),
     ("~ minus 3.", "3", NO, NO), ("~ negative $3.", "-3", YES, YES), ("~ -$5.", "-5", YES, YES),
     ("~ $-5.", "-5", YES, YES), ("~ -$5.", "5", NO, NO), ("~ - 3.", "3", YES, YES),
-    # what may stand around a number
+    # what may surround a number
     ("~ $18.", "18", YES, YES), ("~ 18 $.", "18", YES, YES), ("~ 18.50\u20ac.", "18.5", YES, YES),
     ("~ US$ 18.", "18", YES, YES), ("~ 50%.", "50", YES, YES), ("~ 50%.", "0.5", NO, NO),
     ("~ 50.", "50%", YES, YES), ("~ 18.", "$18.00", YES, YES), ("~ 18 apples.", "18", YES, YES),
@@ -83,7 +84,7 @@ REPLIES = [
     ("~ $\\boxed{\\$18}$.", "18", YES, YES), ("~ 18<|im_end|>", "18", YES, YES),
     ("~ 18.</s>", "18", YES, YES), ("~ 18! 3 left", "18", YES, YES),
     ("~ approx. 18.", "18", YES, YES),
-    # more numbers: the first is meant, unless hedged
+    # several numbers: the first counts, unless hedged
     ("~ 18 apples in 3 days.", "18", YES, YES), ("~ 18 apples in 3 days.", "3", NO, YES),
     ("~ 18 (6 for each).", "18", YES, YES), ("~ 18. That leaves 5.", "18", YES, YES),
     ("~ 18 apples. Check: 18 - 3 = 15.", "18", YES, YES), ("~ 18, not 19.", "18", YES, YES),
@@ -98,7 +99,7 @@ REPLIES = [
     ("~ 5 apples and 6 pears.", "5", NO, NO), ("~ 18, 19.", "18", NO, NO),
     ("~ 18 19.", "18", NO, NO), ("~ not 18.", "18", NO, NO), ("~ NOT $18.", "18", NO, NO),
     ("~ not 18 but 19.", "18", NO, NO), ("~ not 18 but 19.", "19", NO, YES),
-    # "=" and expressions that nobody worked out
+    # "=" and unevaluated expressions
     ("~ 2*3=6.", "6", YES, YES), ("~ 2*3=6.", "2", NO, NO), ("~ 2*3=6.", "3", NO, NO),
     ("~ 5 - 3 = 2.", "2", YES, YES), ("~ 1 + 1 = 4 / 2 = 2.", "2", YES, YES),
     ("~ x = 18.", "18", YES, YES), ("~ 6 = 2*3.", "6", NO, NO), ("~ 6 = 2*3.", "3", NO, NO),
@@ -111,7 +112,7 @@ REPLIES = [
     ("~ 2 * (3 + 4).", "2", NO, NO),
     ("~ 1/0.", "1", NO, NO), ("~ 1/0.", "0", NO, NO), ("~ 1.5/2.", "1.5", NO, NO),
     ("~ 3/4/2020.", "3", NO, NO), ("~ 1/2.5.", "0.5", NO, NO), ("~ 7.", "1/0", NO, NO),
-    # digits in a word
+    # digits inside a word
     ("~ B12.", "12", NO, NO), ("~ x2.", "2", NO, NO), ("~ CO2.", "2", NO, NO),
     ("~ COVID-19.", "19", NO, NO), ("~ 18 m^2.", "18", YES, YES), ("~ 18 of B12.", "18", YES, YES),
     ("~ x^2.", "2", NO, NO), ("~ H2O, 18.", "18", YES, YES), ("~ 18cm\u00b3.", "18", YES, YES),
@@ -131,7 +132,7 @@ REPLIES = [
     ("~ \u22123\u00b0C.", "-3\u00b0C", YES, YES), ("~ 10:30.", "10:30", YES, YES),
     ("~ 5-3.", "5-3", YES, YES), ("~ 1 2.", "1 2", YES, YES),
     ("~ Students 1 and 3.", "Students 1 and 3", YES, YES),
-    # a text without options: flexibly, the reply ends with it
+    # a text without options: flexible accepts a reply that ends with it
     ("It must be water.", "water", NO, YES), ("It must be **Water**!", "water", NO, YES),
     ("It must be saltwater.", "water", NO, NO), ("It must be salt-water.", "water", NO, NO),
     ("It must not be water.", "water", NO, YES), ("It is not water.", "water", NO, NO),
@@ -184,7 +185,8 @@ def test_choices(reply, gold, options, strictly, flexibly):
     "5 and  ", "not ", "water ", "not the ", "\\boxed{", "minus ", TEMPLATE, "'\"", "\ud800",
 ])  # fmt: skip
 @pytest.mark.slow
-def test_a_megabyte_passes(text):
+def test_a_megabyte_of_text(text):
+    """A megabyte of one repeated fragment is graded, without catastrophic backtracking."""
     text = text * (1 << 20 >> len(text).bit_length() - 1)
     for gold in ("17", "ice"):
         assert not flexible(f"{text}\n{TEMPLATE} 5{text}6", gold, WATERS)
@@ -221,11 +223,17 @@ def test_majority_of_texts():
 
 @pytest.fixture
 def given(tmp_path):
-    """given(*strategies) runs what it decorates on examples: always the same, and none is kept."""
+    """A decorator given(*strategies) that runs a function at once, on the same examples every time.
+    Nothing is stored between runs."""
     hypothesis = pytest.importorskip("hypothesis")
     hypothesis.configuration.set_hypothesis_home_dir(tmp_path)
     settings = hypothesis.settings(deadline=None, derandomize=True, database=None, max_examples=400)
-    return lambda *strategies: lambda check: settings(hypothesis.given(*strategies)(check))()
+
+    def run_on(*strategies):
+        def run(check):
+            settings(hypothesis.given(*strategies)(check))()
+        return run
+    return run_on
 
 
 FRAGMENTS = [*"0123456789", *"0123456789", *".,-+/=$%x()*^eE:;?!'\"`_<>{}\\\n\t ", *"   \u2212",
@@ -236,24 +244,28 @@ FRAGMENTS = [*"0123456789", *"0123456789", *".,-+/=$%x()*^eE:;?!'\"`_<>{}\\\n\t 
 
 @pytest.fixture
 def texts():
-    """Anything, and what looks like answers."""
+    """Arbitrary texts, and texts that resemble answers."""
     st = pytest.importorskip("hypothesis").strategies
     return st.text(max_size=30) | st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
 
 
 @pytest.fixture
 def numbers():
-    """As (exact, spellings of it)."""
+    """Pairs: an integer, and several spellings of it."""
     st = pytest.importorskip("hypothesis").strategies
     forms = ("{:,}", "{}", "{}.", "${:,}", "$ {}.00", " {} ", "{}.0", "{}%", "\\${}", "{} apples",
              "{}kg", "about {}", "2*9={}", "**{:,}**", "\\boxed{{{}}}", "{}</s>", "{}/1", "+{}",
              "{}. Or 19")
-    return st.tuples(st.integers(0, 10**9), st.lists(st.sampled_from(forms), min_size=1).map(
-        lambda some: some[:6])).map(lambda p: (p[0], [form.format(p[0]) for form in p[1]]))
+
+    def spell(pair):
+        n, chosen = pair
+        return n, [form.format(n) for form in chosen[:6]]
+    chosen = st.lists(st.sampled_from(forms), min_size=1)
+    return st.tuples(st.integers(0, 10**9), chosen).map(spell)
 
 
 def test_verdicts_agree_on_any_text(given, texts):
-    """Nothing raises, strict is the stricter, and votes fall together where answers are equal."""
+    """Nothing raises; strict implies flexible; votes are equal if and only if answers are."""
     @given(texts, texts, texts)
     def check(text, gold, other):
         for reply in (text, f"{TEMPLATE} {text}", f"{gold}\n{TEMPLATE} {text}"):
@@ -261,7 +273,9 @@ def test_verdicts_agree_on_any_text(given, texts):
             assert flexible(reply, gold) >= strict(reply, gold)
             assert flexible(reply, gold, [gold, other]) >= strict(reply, gold)
         assert "\n" not in answer_in(text)
-        hash(canonical(text)), majority([text, gold, other]), majority([text], numeric=False)
+        hash(canonical(text))
+        majority([text, gold, other])
+        majority([text], numeric=False)
         numeric = as_number(gold) is not None
         equal = canonical(text, numeric) == canonical(gold, numeric) != ""
         assert same_answer(text, gold) == equal
@@ -275,7 +289,7 @@ def test_gold_is_right_on_any_text(given, texts):
             assert strict(f"{TEMPLATE} {gold}", gold) and flexible(f"So, {TEMPLATE} {gold}", gold)
 
 
-def test_spelling_is_nothing(given, numbers, texts):
+def test_spelling_does_not_matter(given, numbers, texts):
     @given(numbers, texts)
     def check(number, text):
         n, spellings = number
@@ -287,13 +301,13 @@ def test_spelling_is_nothing(given, numbers, texts):
         for gold in (str(n), "water"):
             right = same_answer(text, gold)
             assert same_answer(f" {text} ", gold) == same_answer(text, f" {gold} ") == right
-            if text[-1:] not in "0123456789=":  # "1." ends a number, "=." is no number
+            if text[-1:] not in "0123456789=":  # only after a digit ("1."), "=" or nothing
                 continue
             assert same_answer(f"{text}.", gold) == right
 
 
-def test_majority_is_about_numbers(given, numbers):
-    """Whatever the spelling; and one more vote for another answer changes nothing."""
+def test_majority_ignores_spelling(given, numbers):
+    """It counts numbers in any spelling; one more vote for another answer changes nothing."""
     @given(numbers)
     def check(number):
         n, spellings = number
@@ -325,7 +339,7 @@ def test_arc_challenge():
         gold, options = options[row["answerKey"]], [*options.values()]
         assert strict(f"{TEMPLATE} {gold}.", gold) and flexible(f"So {gold}.", gold, options), row
         for other in options:
-            if fold(other) != fold(gold):  # three questions have options apart only in case
+            if fold(other) != fold(gold):  # three questions have options that differ only in case
                 assert not strict(f"{TEMPLATE} {other}.", gold), row
                 for reply in (f"{TEMPLATE} {other}.", f"It is {gold}? No: {other}"):
                     assert not flexible(reply, gold, options), (reply, row)
@@ -333,7 +347,7 @@ def test_arc_challenge():
 
 # ---- compared with lm-evaluation-harness
 
-AGREED = [  # as in REPLIES, but the verdicts are the harness's
+AGREED = [  # (reply, gold): both programs give the same verdicts
     ("Monday 3 + 4 = 7. ~ 7.", "7"), ("Monday 3 + 4 = 7. ~ 8.", "7"), ("3 + 4 = 7.", "7"),
     ("~ 1,200.", "1200"), ("~ 1200.", "1,200"), ("~ 2,125.", "2,125"), ("~ 1,234,567.", "1234567"),
     ("~ -3.", "-3"), ("~ 3.", "-3"), ("~ -3.", "3"), ("~ 18 apples.", "18"), ("~ 18kg.", "18"),
@@ -347,13 +361,13 @@ AGREED = [  # as in REPLIES, but the verdicts are the harness's
     ("~ 17 or 18.5.", "18"), ("~ 18, of course.", "18"), ("~ 18 of them.", "18"), ("~ .", "18"),
     ("~ 18-year-old.", "18"), ("~ -0.", "1"), ("So $18.", "18"), ("**18**", "18"), ("1 8", "18"),
 ]
-DIGIT_FIRST = "its strict filter wants the number right after the template"
-GREEDY = "its strict filter wants one more character, and takes the number's last digit for it"
+DIGIT_FIRST = "its strict filter requires the number directly after the template"
+GREEDY = "its strict filter requires one more character, and takes the number's last digit"
 SPELLING = "it compares spellings, we compare numbers"
-FIRST = "its strict filter reads the first template, we the last"
-UNREAD = "it takes the first or last digits of a hedge or an expression for the answer"
-AGAINST = "it does not see the negation"
-STRICT_FIRST = "what is strictly right is flexibly right with us, whatever number follows"
+FIRST = "its strict filter reads the first template, ours the last"
+UNREAD = "it takes the first or last digits of a hedge or an expression as the answer"
+AGAINST = "it ignores negation"
+STRICT_FIRST = "with us strict implies flexible, whatever number follows"
 DIFFERENCES = {
     ("~: 18.", "18"): DIGIT_FIRST, ("~ (18).", "18"): DIGIT_FIRST, ("~ **18**.", "18"): DIGIT_FIRST,
     ("~ about 18.", "18"): DIGIT_FIRST, ("~ \\boxed{18}.", "18"): DIGIT_FIRST,
@@ -363,7 +377,7 @@ DIFFERENCES = {
     ("~ +18.", "18"): DIGIT_FIRST, ("~ 2*9=18.", "18"): UNREAD, ("~ 2*9=18.", "2"): UNREAD,
     ("~ 18 or 19.", "18"): UNREAD, ("~ 17 or 18.", "18"): UNREAD, ("~ 18-20.", "18"): UNREAD,
     ("~ 3 + 18.", "18"): UNREAD, ("~ 18 + 3.", "18"): UNREAD, ("~ 18:30.", "18"): UNREAD,
-    ("~ 1,8.", "18"): "it ignores commas, wherever they stand", ("~ not 18.", "18"): AGAINST,
+    ("~ 1,8.", "18"): "it ignores commas everywhere", ("~ not 18.", "18"): AGAINST,
     ("~ B18.", "18"): "it reads digits inside words", ("The answer isn't 18.", "18"): AGAINST,
     ("~ 5. No, ~ 18.", "18"): FIRST, ("~ 18. ~ 5.", "18"): FIRST,
     ("~ 18 apples in 3 days.", "18"): STRICT_FIRST, ("~ 18 (6 each).", "18"): STRICT_FIRST,
@@ -371,12 +385,13 @@ DIFFERENCES = {
 
 
 @pytest.fixture(scope="module")
-def harness():
-    """The verdicts of its task gsm8k_cot on a reply: (strict-match, flexible-extract)."""
+def lm_eval_verdicts():
+    """A function of (reply, gold): lm-evaluation-harness's verdicts in its task gsm8k_cot, as
+    (strict-match, flexible-extract)."""
     yaml, package = pytest.importorskip("yaml"), find_spec("lm_eval")
     if not package:
         pytest.skip("lm_eval is not installed")
-    with pytest.MonkeyPatch.context() as patch:  # its metrics import this one, for BLEU alone
+    with pytest.MonkeyPatch.context() as patch:  # its metrics import this, only for BLEU
         patch.setitem(sys.modules, "sacrebleu", ModuleType("sacrebleu"))
         from lm_eval.api.instance import Instance
         from lm_eval.api.metrics import exact_match_fn
@@ -393,35 +408,36 @@ def harness():
         instance = Instance("generate_until", {}, (), 0, resps=[reply])
         for each in filters.values():
             each.apply([instance])
-        said = (instance.filtered_resps[name] for name in ("strict-match", "flexible-extract"))
-        scores = (exact_match_fn(predictions=[s], references=[gold], **options) for s in said)
+        found = (instance.filtered_resps[name] for name in ("strict-match", "flexible-extract"))
+        scores = (exact_match_fn(predictions=[f], references=[gold], **options) for f in found)
         return tuple(bool(score["exact_match"]) for score in scores)
 
     return verdicts
 
 
-def both(reply, gold):
+def our_verdicts(reply, gold):
     return strict(reply, gold), flexible(reply, gold)
 
 
-def test_harness(harness):
+def test_differences_from_lm_eval(lm_eval_verdicts):
+    """The verdicts are the same on AGREED and differ on DIFFERENCES."""
     for reply, gold in AGREED:
         reply = reply.replace("~", TEMPLATE)
-        assert both(reply, gold) == harness(reply, gold), (reply, gold)
+        assert our_verdicts(reply, gold) == lm_eval_verdicts(reply, gold), (reply, gold)
     for (reply, gold), reason in DIFFERENCES.items():
         reply = reply.replace("~", TEMPLATE)
-        assert both(reply, gold) != harness(reply, gold), (reply, gold, reason)
+        assert our_verdicts(reply, gold) != lm_eval_verdicts(reply, gold), (reply, gold, reason)
 
 
-def test_harness_on_gsm8k(harness):
-    """The same verdicts on every gold reply. Of bare gold rationales, read flexibly, we alone are
-    right where it compares spellings, $16.00; it alone where it takes the last digits of a list or
-    of an equation for the answer."""
+def test_lm_eval_on_gsm8k(lm_eval_verdicts):
+    """Both accept every gold reply. For gold rationales without an answer, read flexibly, only ours
+    accepts where the spelling differs ($16.00); only lm-eval accepts where the last digits of a
+    list or an equation happen to be the answer."""
     rationales = Counter()
     for row in rows("gsm8k"):
         z, _, gold = re.sub("<<.*?>>", "", row["answer"]).rpartition("####")
         z, gold = z.strip(), gold.strip()
         reply = f"{z}\n{TEMPLATE} {gold}."
-        assert both(reply, gold) == harness(reply, gold) == (YES, YES), row
-        rationales[flexible(z, gold), harness(z, gold)[1]] += 1
+        assert our_verdicts(reply, gold) == lm_eval_verdicts(reply, gold) == (YES, YES), row
+        rationales[flexible(z, gold), lm_eval_verdicts(z, gold)[1]] += 1
     assert rationales == {(YES, YES): 8331, (NO, NO): 243, (YES, NO): 209, (NO, YES): 9}

@@ -1,6 +1,8 @@
 """Proves that real rows become questions and that token ids are those the tokenizer itself writes.
 
-One BOS, whole templates, nothing guessed from an id; and answers are compared as a reader would."""
+There is one BOS, templates are whole, and no mask is guessed from an id. Answers are compared as a
+reader would compare them.
+"""
 
 import json
 from copy import copy
@@ -18,7 +20,7 @@ import latro
 from conftest import ROOT, TOY
 from harness import answers, data, distributed, errors
 
-DATA = ROOT.parent / "shared" / "data"  # the two data sets, where they are there
+DATA = ROOT.parent / "shared" / "data"  # the two data sets, if present
 FILES = [("gsm8k", "train", 7473), ("gsm8k", "test", 1319), ("arc_challenge", "train", 1119),
          ("arc_challenge", "test", 1172)]
 
@@ -40,8 +42,8 @@ FILES = [("gsm8k", "train", 7473), ("gsm8k", "test", 1319), ("arc_challenge", "t
     ("salt  water", "salt water", True), ("", "water", False),
 ])  # fmt: skip
 def test_same_answer(said, gold, right):
-    """Released-code defect 11: "salt water" counts for "water", an exact "9.8 m/s" and "2*3=6" do
-    not. Nothing that a model may write raises."""
+    """Released-code defect 11: it accepts "salt water" for "water", and rejects "9.8 m/s" for
+    itself and "2*3=6" for 6. No text raises an error."""
     assert answers.same_answer(said, gold) is right
 
 
@@ -88,7 +90,7 @@ def test_gsm8k_rationale_reads_as_text():
 
 
 def test_rows_are_lines_whatever_they_contain(tmp_path):
-    """Only "\\n" ends a line: Unicode's other line ends are ordinary characters in JSON."""
+    """Only "\\n" ends a line; Unicode's other line separators are ordinary characters."""
     texts = ["one\u2028two", "one\u0085two", "one\u2029two", "\u00e9\u4e00"]
     lines = [json.dumps(dict(question=t, answer="3"), ensure_ascii=False) for t in texts]
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
@@ -103,16 +105,16 @@ def test_rows_are_lines_whatever_they_contain(tmp_path):
         choices=dict(text=["sand", "sea"], label=["A", "B"]))),
 ])
 def test_rows_of_the_hub(task, config, row, toy, tmp_path, monkeypatch):
-    """The same rows read through `datasets`, without a directory. The hub itself is not asked."""
+    """Reads the same rows through `datasets` if --data is no directory, without network access."""
     datasets = pytest.importorskip("datasets")
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     monkeypatch.chdir(tmp_path)
     load, asked = datasets.load_dataset, []
 
-    def from_here(*what):
-        asked.append(what)
+    def load_locally(*name_and_config):
+        asked.append(name_and_config)
         return load("json", data_files=dict(train="train.jsonl"), cache_dir="cache")
-    monkeypatch.setattr(datasets, "load_dataset", from_here)
+    monkeypatch.setattr(datasets, "load_dataset", load_locally)
     args = latro.Args(task=task, data="some/name")
     [(place, found)] = data.read_rows(args, "train")
     assert asked == [("some/name", config)] and place == "some/name train 0"
@@ -133,28 +135,31 @@ def toy():
 
 
 def test_plain_prompt_and_answer(toy):
-    e = toy.example("here", dict(question=" How many cookies are left? ", answer="18"))
     decode = toy.tokenizer.decode
-    assert decode(e.x) == "Question: How many cookies are left?\nAnswer:"
-    assert decode(e.answer) == " 18.<eos>" and e.answer[-1] == toy.turn_end == toy.eos[0]
-    assert (e.question, e.gold, e.z) == ("How many cookies are left?", "18", [])
-    e = toy.example("here", dict(question="How many?", answer="3", rationale="Monday 1 + 2 = 3."))
-    assert decode(e.z) == " Monday 1 + 2 = 3."
+    example = toy.example("here", dict(question=" How many cookies are left? ", answer="18"))
+    assert decode(example.x) == "Question: How many cookies are left?\nAnswer:"
+    assert decode(example.answer) == " 18.<eos>"
+    assert example.answer[-1] == toy.turn_end == toy.eos[0]
+    assert example.question == "How many cookies are left?"
+    assert (example.gold, example.z) == ("18", [])
+    row = dict(question="How many?", answer="3", rationale="Monday 1 + 2 = 3.")
+    example = toy.example("here", row)
+    assert decode(example.z) == " Monday 1 + 2 = 3."
 
 
 def test_templates_are_those_that_models_write(toy):
     """Released-code defect 9: " The answer is" and "The answer is" tokenise differently."""
     decode = toy.tokenizer.decode
     assert decode(toy.template_after_z) == decode(toy.template_at_start) == " The answer is"
-    assert [decode(s) for s in toy.stops] == [" The answer is"]  # its words have but one form
+    assert [decode(s) for s in toy.stops] == [" The answer is"]  # one form of each word
     reply = toy.tokenizer("Monday 1 + 2 = 3. The answer is 3.")["input_ids"]
     assert any(list(s) == reply[i:i + len(s)] for s in toy.stops for i in range(len(reply)))
 
 
 def test_answer_ends_with_one_period(toy):
-    """An option that is a sentence brings its own."""
-    e = toy.example("here", dict(question="How many?", answer="They run away."))
-    assert toy.tokenizer.decode(e.answer[:-1]).count(".") == 1
+    """No second period is added to an answer that is a sentence."""
+    example = toy.example("here", dict(question="How many?", answer="They run away."))
+    assert toy.tokenizer.decode(example.answer[:-1]).count(".") == 1
 
 
 # ---- chat templates
@@ -165,35 +170,38 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>", "<|user|>", "<|assistant|>"]
 
 
 def tokenizer_of_bytes(chat_template=None, regex=True):
-    """Byte-level BPE that puts BOS before whatever it is given, as Llama's does."""
-    tok = Tokenizer(models.BPE(unk_token="<unk>"))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
-    tok.decoder = decoders.ByteLevel()
+    """Byte-level BPE that adds BOS to every text, as Llama's does."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
+    bpe.decoder = decoders.ByteLevel()
     text = "Question: how many are left?\nAnswer: 5 + 1 = 6.\nThe answer is 6. The answer is 18."
-    tok.train_from_iterator([text] * 9, trainers.BpeTrainer(
+    bpe.train_from_iterator([text] * 9, trainers.BpeTrainer(
         vocab_size=400, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>",
+    bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>",
                                    unk_token="<unk>", chat_template=chat_template)
 
 
 def test_chat_prompt_comes_straight_from_the_template():
-    """Released-code defect 9: the template rendered to text, then tokenised, gives a second BOS."""
+    """Released-code defect 9: it tokenises the rendered template, which adds a second BOS."""
     tokenizer = tokenizer_of_bytes(CHAT)
     codec = data.Codec(tokenizer, "qa", [2, 3])
-    e = codec.example("here", dict(question="How many?", answer="18", rationale="5 + 1 = 6."))
+    row = dict(question="How many?", answer="18", rationale="5 + 1 = 6.")
+    example = codec.example("here", row)
     asked = [dict(role="user", content="How many?")]
-    assert e.x == tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
-    assert e.x[0] == tokenizer.bos_token_id and e.x.count(tokenizer.bos_token_id) == 1
-    assert tokenizer.decode(e.x) == "<s><|user|>\nHow many?<|end|>\n<|assistant|>\n"
-    assert tokenizer.decode(e.answer) == " 18.<|end|>"  # not </s>: so the template ends a turn
-    assert tokenizer.decode(e.z) == "5 + 1 = 6."
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    assert example.x == prompt
+    assert prompt[0] == tokenizer.bos_token_id and prompt.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(prompt) == "<s><|user|>\nHow many?<|end|>\n<|assistant|>\n"
+    assert tokenizer.decode(example.answer) == " 18.<|end|>"  # not </s>: the template's turn end
+    assert tokenizer.decode(example.z) == "5 + 1 = 6."
     reply = f"5 + 1 = 6.{tokenizer.decode(codec.template_after_z)} 18."
     whole = [*asked, dict(role="assistant", content=reply)]
     whole = tokenizer.apply_chat_template(whole)["input_ids"]
     assert reply.split() == "5 + 1 = 6. The answer is 18.".split()
-    assert e.x + e.z + codec.template_after_z + e.answer == whole[:-1]  # all but the last newline
+    ours = example.x + example.z + codec.template_after_z + example.answer
+    assert ours == whole[:-1]  # all except the last newline
 
 
 def test_chat_templates_stop_in_every_form():
@@ -210,20 +218,21 @@ def test_chat_templates_stop_in_every_form():
 
 def test_plain_prompt_has_one_bos():
     tokenizer = tokenizer_of_bytes()
-    e = data.Codec(tokenizer, "qa", [2]).example("here", dict(question="How many?", answer="18"))
-    assert tokenizer.decode(e.x) == "<s>Question: How many?\nAnswer:"
-    assert tokenizer.decode(e.answer) == " 18.</s>"
+    codec = data.Codec(tokenizer, "qa", [2])
+    example = codec.example("here", dict(question="How many?", answer="18"))
+    assert tokenizer.decode(example.x) == "<s>Question: How many?\nAnswer:"
+    assert tokenizer.decode(example.answer) == " 18.</s>"
 
 
-def test_merging_tokenizer_is_refused():
-    """Without a split at words, BPE learns tokens that would belong to z and to y at once."""
+def test_tokenizer_that_merges_words_is_refused():
+    """Without splitting at words, BPE learns tokens that belong to both z and y."""
     with pytest.raises(errors.UserError, match="tokenizer"):
         data.Codec(tokenizer_of_bytes(regex=False), "qa", [2])
 
 
 def test_every_eos_of_the_model_counts(tmp_path):
-    """Released-code defect 13: end tokens are keyed on hub names. Here the model's own files say
-    them: the generation config two, the tokenizer another."""
+    """Released-code defect 13: it looks up end tokens by hub name. Here they come from the model's
+    own files: two from the generation config, another from the tokenizer."""
     tokenizer = tokenizer_of_bytes(CHAT)
     tokenizer.save_pretrained(tmp_path)
     LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
@@ -235,7 +244,7 @@ def test_every_eos_of_the_model_counts(tmp_path):
     assert set(codec.eos) == {2, 3, 5} and codec.turn_end == 3
 
 
-# ---- ids mean nothing to masks
+# ---- masks do not depend on ids
 
 @pytest.fixture
 def policy():
@@ -248,7 +257,7 @@ PROMPTS = [[3, 4, 0, 1, 30, 0, 6, 7, 4], [0, 0, 1, 4], [1, 5, 24, 30, 0]]  # 0 p
 
 
 def test_pad_and_eos_inside_a_row_are_ordinary_tokens(policy):
-    """Released-code defect 13: its masks come from comparing ids with pad and EOS."""
+    """Released-code defect 13: it builds masks by comparing ids with pad and EOS."""
     plain = AutoModelForCausalLM.from_pretrained(TOY)
     group = [latro.Rationale([], [24, 0, 1, 30], 4, [0, 31, 1], 4, False),
              latro.Rationale([], [1], 0, [8, 9, 10, 0, 1], 0, False)]  # EOS at once: y follows x
@@ -256,8 +265,9 @@ def test_pad_and_eos_inside_a_row_are_ordinary_tokens(policy):
     with torch.no_grad():
         ours, theirs = policy.logprobs(tree), []
         for x in PROMPTS:
-            for r in group:
-                for before, after in ((x, r.actions), (x + r.actions[:r.context], r.y)):
+            for rationale in group:
+                prefix = x + rationale.actions[:rationale.context]
+                for before, after in ((x, rationale.actions), (prefix, rationale.y)):
                     ids = torch.tensor([before + after])
                     logp = plain(ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1)
                     theirs += [logp[len(before) - 1 + i, t] for i, t in enumerate(after)]
@@ -275,8 +285,8 @@ def test_pad_and_eos_inside_a_prompt_do_not_change_its_continuation(policy):
 
 
 def test_a_period_and_a_newline_in_one_token():
-    """Tokenizers after Llama 3's and Qwen's pattern have a token ".\\n": no template can begin
-    inside it, and none has to, for what the model then writes ends with the bare template."""
+    """Tokenizers with Llama 3's or Qwen's pattern have a token ".\\n". A template cannot begin
+    inside it, and need not: the text after it ends with the template without a leading space."""
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     bpe = Tokenizer(models.BPE())
@@ -309,27 +319,29 @@ def test_any_bytes_and_any_json(toy, tmp_path):
     choices = st.fixed_dictionaries(dict(text=st.lists(text, max_size=3),
                                          label=st.lists(text, max_size=3)))
     arc = st.fixed_dictionaries(dict(question=text, choices=choices, answerKey=text))
-    path, quick = tmp_path / "train.jsonl", hypothesis.settings(max_examples=300, deadline=None)
+    path = tmp_path / "train.jsonl"
+    settings = hypothesis.settings(max_examples=300, deadline=None)
 
-    @quick
+    @settings
     @hypothesis.given(st.lists(st.binary() | anything.map(lambda v: json.dumps(v).encode())))
-    def reads(lines):
+    def check_file(lines):
         path.write_bytes(b"\n".join(lines))
         try:
             rows = data.read_rows(SimpleNamespace(data=str(tmp_path), task="qa"), "train")
             assert all(place.startswith(f"{path}:") for place, _ in rows)
-        except errors.UserError as e:
-            assert str(e).startswith(f"{path}:")
+        except errors.UserError as problem:
+            assert str(problem).startswith(f"{path}:")
 
-    @quick
+    @settings
     @hypothesis.given(anything | named | arc, st.sampled_from([*data.TASKS]))
-    def understands(row, task):
+    def check_row(row, task):
         codec = copy(toy)
         codec.task = task
         try:
-            e = codec.example("here:1", row)
-            assert e.gold.strip() and e.answer[-1] == codec.turn_end and e.place == "here:1"
-        except errors.UserError as e:
-            assert str(e).startswith("here:1: ")
-    reads()
-    understands()
+            example = codec.example("here:1", row)
+            assert example.gold.strip() and example.place == "here:1"
+            assert example.answer[-1] == codec.turn_end
+        except errors.UserError as problem:
+            assert str(problem).startswith("here:1: ")
+    check_file()
+    check_row()

@@ -1,6 +1,6 @@
-"""What eval.py shows for reading: the page of --report and the terminal's --show.
+"""Proves that --report and --show present the results correctly and safely.
 
-All that models and data say is untrusted: no text may become markup, script or a terminal command.
+Text from models and data is untrusted: none may become markup, script or a terminal command.
 """
 
 import json
@@ -50,16 +50,16 @@ def record(right: bool, text="so 2. The answer is 2.", question="1 + 1?", gold="
                 direct=dict(template=-1.0, answer=-2.0, end=-0.5))
 
 
-def made_up(**changes) -> dict[str, list[dict]]:
+def example_rows(**changes) -> dict[str, list[dict]]:
     return {name: [record(right, **changes) for right in own] for name, own in RIGHT.items()}
 
 
-def written(rows: dict[str, list[dict]], command: str = "eval.py") -> str:
+def html(rows: dict[str, list[dict]], command: str = "eval.py") -> str:
     return report.page(report.content(command, rows, grading.results(rows), 2))
 
 
 class Skeleton(HTMLParser):
-    """Every tag of a page with its attributes' names, and what stands inside each script."""
+    """Every tag of a page with the names of its attributes, and the text of each script."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
@@ -82,61 +82,64 @@ class Skeleton(HTMLParser):
 # ------------------------------------------------------------------------------ the page
 @pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)
 def test_text_stays_text(text):
-    rows = made_up(text=text, question=text, gold=text)
+    rows = example_rows(text=text, question=text, gold=text)
     rows[text] = rows.pop("run")
-    page, template = written(rows, command=text), Skeleton(report.PAGE.read_text())
+    page, template = html(rows, command=text), Skeleton(report.PAGE.read_text())
     found = Skeleton(page)
     assert found.tags == template.tags
     assert page.isascii() and not re.search("[<>&]", found.scripts[0])
-    held = json.loads(found.scripts[0])
-    assert held["command"] == text and held["names"] == ["base", "sft", text]
-    assert len(held["questions"]) == 6
-    for q in held["questions"]:
+    embedded = json.loads(found.scripts[0])
+    assert embedded["command"] == text and embedded["names"] == ["base", "sft", text]
+    assert len(embedded["questions"]) == 6
+    for q in embedded["questions"]:
         assert q["question"] == q["gold"] == text
         assert all(row["text"] == text == row["samples"][1][0] for row in q["rows"])
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # -inf has no spread
-def test_the_data_come_back():
-    """Numbers as they are shown, also one that JSON does not have."""
-    rows = made_up(r=float("-inf"))
-    held = json.loads(Skeleton(written(rows)).scripts[0])
+@pytest.mark.filterwarnings("ignore:invalid value")  # the spread of -inf
+def test_data_in_the_page():
+    """The page holds all replies and tables. Numbers are text, also -inf, which JSON lacks."""
+    rows = example_rows(r=float("-inf"))
+    embedded = json.loads(Skeleton(html(rows)).scripts[0])
     text = "so 2. The answer is 2."
-    assert held["questions"][1]["rows"][2] == dict(text=text, right=False, direct="-2.50", samples=[
+    base, _, run = embedded["questions"][1]["rows"]
+    assert run == dict(text=text, right=False, direct="-2.50", samples=[
         [text, False, "-inf", "-0.12", 3], [text, False, "-inf", "-0.12", 3]])
-    assert held["questions"][1]["rows"][0]["samples"][0][1] is True
-    for heads, *lines in held["tables"]:
-        assert [line[0] for line in lines] == [[name, ""] for name in held["names"]]
+    assert base["samples"][0][1] is True
+    for heads, *lines in embedded["tables"]:
+        assert [line[0] for line in lines] == [[name, ""] for name in embedded["names"]]
         assert {len(line) for line in lines} == {len(heads)}
-    assert held["names"] == ["base", "sft", "run"]
-    heads, base, sft, run = held["tables"][0]
+    assert embedded["names"] == ["base", "sft", "run"]
+    heads, base, sft, run = embedded["tables"][0]
     assert [name for name, _ in heads] == ["", "greedy", "loose", "T = 1", "maj@2", "pass@2"]
     assert base[1][0] == "0.500" and re.fullmatch(r"0\.\d{3} to \d\.\d{3}", base[1][1])
-    assert run[1][0] == "0.667" and held["tables"][1][0][1][0] == "log p(y|x)"
-    assert [v.split(" - ")[0] for v in held["verdicts"]] == ["sft", "run"]
+    assert run[1][0] == "0.667" and embedded["tables"][1][0][1][0] == "log p(y|x)"
+    assert [v.split(" - ")[0] for v in embedded["verdicts"]] == ["sft", "run"]
 
 
 def test_four_groups():
-    """The first row against the last, whatever stands between them."""
-    assert report.outcomes(made_up()) == GROUPS
-    held = json.loads(Skeleton(written(made_up())).scripts[0])
-    assert [q["group"] for q in held["questions"]] == GROUPS
-    assert held["groups"] == ["fixed", "broken", "both right", "both wrong"]
+    """A question's group compares the first row with the last; rows in between do not count."""
+    assert report.outcomes(example_rows()) == GROUPS
+    embedded = json.loads(Skeleton(html(example_rows())).scripts[0])
+    assert [q["group"] for q in embedded["questions"]] == GROUPS
+    assert embedded["groups"] == ["fixed", "broken", "both right", "both wrong"]
     assert Counter(GROUPS) == {"fixed": 2, "broken": 1, "both right": 2, "both wrong": 1}
 
 
 def test_the_page_fetches_nothing():
-    page = written(made_up())
+    page = html(example_rows())
     for word in ("http:", "https:", "//example", "src=", "href=", "@import", "url(", "fetch(",
                  "XMLHttp", "innerHTML", "eval("):
         assert word not in page.replace("eval.py", ""), word
 
 
 def test_the_policy_allows_its_own_script_and_style():
-    """By their hashes, as a browser takes them, and nothing else."""
-    page = written(made_up())
+    """By their hashes, as a browser computes them, and nothing else."""
+    page = html(example_rows())
     found = Skeleton(page)
-    digest = lambda text: b64encode(sha256(text.encode()).digest()).decode()
+
+    def digest(text):
+        return b64encode(sha256(text.encode()).digest()).decode()
     style = page[page.index("<style>") + 7:page.index("</style>")]
     rules = dict(rule.strip().split(" ", 1) for rule in found.policy.split(";"))
     assert rules == {
@@ -144,30 +147,31 @@ def test_the_policy_allows_its_own_script_and_style():
         "script-src": f"'sha256-{digest(found.scripts[1])}'",
         "style-src": f"'sha256-{digest(style)}'"}
     assert page.index("Content-Security-Policy") < page.index("<style>") < page.index("<script")
-    names = [name for _, *own in found.tags for name in own]
+    names = [name for _, *attributes in found.tags for name in attributes]
     assert not any(name == "style" or name.startswith("on") for name in names)
 
 
 def test_template_is_whole():
-    """Each placeholder once; language, title, labels and both themes are there."""
+    """Each placeholder occurs once; language, title, labels and both themes are present."""
     template = report.PAGE.read_text()
     assert sorted(re.findall(r"{{(\w+)}}", template)) == ["data", "script", "style"]
-    assert template.isascii() and "{{" not in written(made_up())
+    assert template.isascii() and "{{" not in html(example_rows())
     for part in ('<html lang="en">', "<title>", "prefers-color-scheme: dark", 'aria-label="Search',
                  'role="status"', 'name="viewport"', ":focus-visible", "<noscript>"):
         assert part in template, part
 
 
-def test_size():
-    """1319 questions with 8 samples of 100 letters for two rows: what is not text stays small."""
-    rows = {name: made_up(text="x" * 100)[name] * 220 for name in ("base", "run")}
+def test_page_size():
+    """1320 questions with 8 samples of 100 letters in two rows stay under 5 MB."""
+    rows = {name: example_rows(text="x" * 100)[name] * 220 for name in ("base", "run")}
     for r in rows["base"] + rows["run"]:
         r["samples"] = r["samples"][:1] * 8
-    assert len(written(rows)) < 5e6
+    assert len(html(rows)) < 5e6
 
 
 @pytest.mark.parametrize("name", ["missing/page.html", "folder", ".", "a\0b"])
-def test_a_page_that_cannot_be_written(name, tmp_path, monkeypatch):
+def test_unwritable_page(name, tmp_path, monkeypatch):
+    """One sentence says so, and no temporary file is left."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(errors.UserError) as problem:
@@ -177,7 +181,8 @@ def test_a_page_that_cannot_be_written(name, tmp_path, monkeypatch):
     assert [*(tmp_path / "folder").iterdir()] == []
 
 
-def test_a_page_is_replaced_whole(tmp_path):
+def test_page_is_replaced(tmp_path):
+    """No temporary file is left next to it."""
     path = tmp_path / "page.html"
     report.write_page(str(path), "old")
     report.write_page(str(path), "new")
@@ -207,8 +212,8 @@ def test_printable(text, safe):
     safe.encode()
 
 
-def test_telling_questions_first():
-    """Fixed and broken in turn, then the others in turn; each question once."""
+def test_most_informative_first():
+    """Fixed and broken alternate, then the other groups do; each question occurs once."""
     found = ["both right", "fixed", "fixed", "fixed", "both wrong", "broken", "both right"]
     assert report.most_informative_first(found) == [1, 5, 2, 3, 0, 4, 6]
     assert report.most_informative_first([]) == []
@@ -216,9 +221,10 @@ def test_telling_questions_first():
 
 @pytest.mark.parametrize("width", [80, 200])
 @pytest.mark.parametrize("names", [("base", "run"), ("base", "sft", "run")])
-def test_shown(width, names):
+def test_show(width, names):
+    """Columns fit the width and hold all of each reply, with control characters escaped."""
     text = "First 12 + 7 = 19. " * 9 + "\x1b[2J" + "x" * 250 + "\n\nThe answer is 19."
-    rows = {name: made_up(text=text)[name] for name in names}
+    rows = {name: example_rows(text=text)[name] for name in names}
     block = report.show(rows, 1, "broken", width)
     lines = block.split("\n")
     assert max(map(len, lines)) <= width and not re.search(r"[^\n -~]", block)
@@ -229,33 +235,33 @@ def test_shown(width, names):
     assert [f"greedy: {word}" for word in words] in heads
     sampled = [h for h in heads if h[0].startswith("sampled:")]
     assert sampled and all(word in cell for word, cell in zip(words, sampled[0]))
-    room = (width - 3 * (len(names) - 1)) // len(names)
-    for i in range(len(names)):
-        own = "".join(line[i * (room + 3):i * (room + 3) + room].strip() for line in lines[4:])
-        assert own.count("x" * 250) == 2 and own.count("\\x1b[2J") == 2
-        assert own.count("-0.25") == 1 and own.replace(" ", "").endswith("Theansweris19.")
+    column = (width - 3 * (len(names) - 1)) // len(names)
+    for start in range(0, len(names) * (column + 3), column + 3):
+        text = "".join(line[start:start + column].strip() for line in lines[4:])
+        assert text.count("x" * 250) == 2 and text.count("\\x1b[2J") == 2
+        assert text.count("-0.25") == 1 and text.replace(" ", "").endswith("Theansweris19.")
 
 
-def test_shown_rows():
-    """Base, SFT and the last of several checkpoints."""
-    rows = made_up() | dict(other=made_up()["run"])
+def test_show_picks_rows():
+    """It shows base, SFT and the last of several checkpoints."""
+    rows = example_rows() | dict(other=example_rows()["run"])
     assert "base | sft | other" in re.sub(" +", " ", report.show(rows, 0, "fixed", 120))
 
 
 def test_narrow_terminal():
-    """Eight characters are nobody's terminal, but no reason to fail."""
+    """A width of eight characters is unusual, but does not fail."""
     assert report.side_by_side(["ab", "cd", "ef"], 8) == "a | c | e\nb | d | f"
 
 
 def test_from_the_command_line(tmp_path, capsys):
-    """The toy's base compared with itself: nothing is fixed or broken, and the page says the same."""
+    """The toy's base against itself: nothing is fixed or broken, also on the page."""
     page, (_, data, *_) = tmp_path / "new.html", TINY
     flags = f"--ckpt {TOY} --base {TOY} --task toy --data {data} --k 2 --L 4 --questions 3 --show 2"
     argv = [*flags.split(), "--out", str(tmp_path), "--report", str(page)]
     assert grading.main(argv) == 0
-    said = capsys.readouterr().out
-    assert len(re.findall(r"^question \d: both (right|wrong)$", said, re.MULTILINE)) == 2
-    held = json.loads(Skeleton(page.read_text()).scripts[0])
-    assert held["names"] == ["base", "model"] and len(held["questions"]) == 3
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^question \d: both (right|wrong)$", shown, re.MULTILINE)) == 2
+    embedded = json.loads(Skeleton(page.read_text()).scripts[0])
+    assert embedded["names"] == ["base", "model"] and len(embedded["questions"]) == 3
     assert grading.main([*argv[:-1], str(tmp_path / "no" / "page.html")]) == 1
     assert capsys.readouterr().err.count("eval.py: --report") == 1
