@@ -1,14 +1,21 @@
-"""Times the fused operations and whole loops against their rivals, for the tables of docs/.
+"""Times the fused operations and whole loops against their rivals, for the tables in docs/.
 
     python -m benchmarks logprob --models Llama-3.1-8B --tokens 16384 --plot
     python -m benchmarks score|sample|tune
     python -m benchmarks decode|rollout|update --models Llama-3.2-1B
 
-DIR/NAME.json and .md are written after every shape. The exit code is 1 if a candidate was wrong.
-Without CUDA a toy runs on the CPU, without our kernels: an interpreter's times mean nothing.
+Results are written to DIR/COMMAND.json and DIR/COMMAND.md after every shape. The exit code is 1 if
+a candidate gave wrong results. Without CUDA the default model is a toy on the CPU, where our Triton
+kernels are not timed: the interpreter's times mean nothing.
 """
 
-import argparse, json, platform, shlex, shutil, subprocess, sys
+import argparse
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from importlib.util import find_spec
@@ -18,12 +25,12 @@ import torch
 
 from harness.errors import UserError
 
-from .loops import decode, measured, measured_apart, rollout, update
+from .loops import decode, measure_in_group, measure_in_subprocess, rollout, update
 from .operations import MODELS, logprob, sample, score, tune
-from .timing import bars, device, draw, measure, table
+from .timing import device, measure, plot_by_model, plot_phases, table
 from .work import SHAPES
 
-COMMANDS = {  # what makes the tasks, and its options besides those that all have
+COMMANDS = {  # the function that makes the tasks, and the options beyond --only, --rounds and --out
     "logprob": (logprob, ("models", "tokens", "frozen", "plot")), "score": (score, ()),
     "sample": (sample, ("models",)), "tune": (tune, ("models", "tokens", "frozen")),
     "decode": (decode, ("models", "questions", "K", "L")),
@@ -37,35 +44,45 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def count(text: str) -> int:
+def positive_integer(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
+def description(tasks) -> str:
+    """The docstring of a command as one line."""
+    return " ".join(tasks.__doc__.split())
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Raises UserError for a command line that cannot work."""
     cuda = device() == "cuda"
+    number = dict(type=positive_integer, metavar="N")
     options = dict(
-        tokens=dict(nargs="+", type=count, metavar="T", help="rows of H"),
-        frozen=dict(choices=("weight", "hidden"), help="what wants no gradient"),
-        questions=dict(type=count, metavar="N", help="(default: %(default)s)"),
-        K=dict(type=count, metavar="N", help="rationales a question (default: %(default)s)"),
-        L=dict(type=count, metavar="N", help="longest rationale, tokens (default: %(default)s)"),
-        plot=dict(action="store_true", help="draw it to DIR/COMMAND.png"),
-        only=dict(nargs="+", metavar="NAME", help="of the candidates"),
-        rounds=dict(type=count, default=15, metavar="N", help="(default: %(default)s)"),
-        out=dict(type=Path, default=Path("bench"), metavar="DIR", help="(default: bench)"))
-    kind = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = Parser(prog="python -m benchmarks", description=__doc__, **kind)
+        tokens=dict(nargs="+", type=positive_integer, metavar="T",
+                    help="numbers of tokens: rows of H (default: %(default)s)"),
+        frozen=dict(choices=("weight", "hidden"), help="the operand that needs no gradient"),
+        questions=dict(**number, help="(default: %(default)s)"),
+        K=dict(**number, help="rationales per question (default: %(default)s)"),
+        L=dict(**number, help="longest rationale, tokens (default: %(default)s)"),
+        plot=dict(action="store_true", help="also draw DIR/COMMAND.png"),
+        only=dict(nargs="+", metavar="NAME", help="time only these candidates"),
+        rounds=dict(**number, default=15,
+                    help="times that each candidate is timed (default: %(default)s)"),
+        out=dict(type=Path, default=Path("bench"), metavar="DIR",
+                 help="directory for the results (default: %(default)s)"))
+    parser = Parser(prog="python -m benchmarks", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (tasks, flags) in COMMANDS.items():
-        about, known = " ".join(tasks.__doc__.split()), SHAPES if name in LOOPS else MODELS
+        about, models = description(tasks), SHAPES if name in LOOPS else MODELS
         command = commands.add_parser(name, description=about, help=about.split(". ")[0])
-        options |= dict(models=dict(nargs="+", choices=known, metavar="NAME",
-                                    help=", ".join(known)))
+        options["models"] = dict(nargs="+", choices=models, metavar="NAME",
+                                 help=f"of {', '.join(models)} (default: %(default)s)")
         for flag in (*flags, "only", "rounds", "out"):
             command.add_argument(f"--{flag}", **options[flag])
-        command.set_defaults(models=[m for m in known if (m != "toy") == cuda],
+        command.set_defaults(models=[m for m in models if (m != "toy") == cuda],
                              tokens=[4096, 16384, 32768] if cuda else [256])
     for name in LOOPS:
         commands.choices[name].set_defaults(rounds=3, K=16, questions=16 if cuda else 8,
@@ -75,15 +92,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def environment(argv: list[str]) -> dict:
-    """What must be known of a number: command, date, commit, device, versions."""
+    """What a number depends on: command, date, commit, device and versions."""
     git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    commit = None
+    if shutil.which("git"):
+        result = subprocess.run(git, cwd=Path(__file__).parent, text=True, capture_output=True)
+        commit = result.stdout.strip() or None
     packages = "torch", "triton", "liger_kernel", "cut_cross_entropy", "transformers", "trl"
-    done = shutil.which("git") and subprocess.run(git, cwd=Path(__file__).parent, text=True,
-                                                  capture_output=True)
     return dict(
         command=shlex.join(["python", "-m", "benchmarks", *argv]),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=done.stdout.strip() or None if done else None,
+        commit=commit,
         device=torch.cuda.get_device_name() if device() == "cuda" else
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         **{package: metadata.version(package) if find_spec(package) else None
@@ -91,23 +110,25 @@ def environment(argv: list[str]) -> dict:
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> list[dict]:
-    """Measures, prints and writes after every task, since a run may be cut off."""
-    tasks, rows, about = COMMANDS[args.command][0], [], environment(argv)
+    """Measures all tasks and returns their rows. Prints and writes after each task, so that an
+    interrupted run keeps its results."""
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {args.out}: {e.strerror}; name a directory to write to") from None
-    facts = ", ".join(f"{k} {v}" for k, v in about.items())
-    text = f"{' '.join(tasks.__doc__.split())}\n\n{facts}\n\n"
-    once = measure
+    tasks, rows, setup = COMMANDS[args.command][0], [], environment(argv)
+    header = f"{description(tasks)}\n\n{', '.join(f'{k} {v}' for k, v in setup.items())}\n\n"
+    text = header
+    measure_task = measure
     if args.command in LOOPS:
-        once = measured_apart if len(args.models) > 1 else measured
+        measure_task = measure_in_subprocess if len(args.models) > 1 else measure_in_group
     for make in tasks(args):
-        shape, some = once(make, args.only, args.rounds)
-        print(table(shape, some) if rows else text + table(shape, some), flush=True)
-        rows, text = rows + [shape | row for row in some], text + table(shape, some)
-        held = json.dumps(about | dict(rows=rows), indent=1, allow_nan=False)
-        (args.out / f"{args.command}.json").write_text(held)
+        shape, measured = measure_task(make, args.only, args.rounds)
+        print(table(shape, measured) if rows else header + table(shape, measured), flush=True)
+        rows += [shape | row for row in measured]
+        text += table(shape, measured)
+        results = json.dumps(setup | dict(rows=rows), indent=1, allow_nan=False)
+        (args.out / f"{args.command}.json").write_text(results)
         (args.out / f"{args.command}.md").write_text(text)
     return rows
 
@@ -119,16 +140,17 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         rows = run(args, argv)
         if getattr(args, "plot", False):
-            (bars if args.command in LOOPS else draw)(rows, args.out / f"{args.command}.png")
+            plot = plot_phases if args.command in LOOPS else plot_by_model
+            plot(rows, args.out / f"{args.command}.png")
         if wrong := [row for row in rows if str(row["note"]).startswith("wrong")]:
             raise UserError(f"{wrong[0]['candidate']} is {wrong[0]['note']}; see {args.out}")
         return 0
     except UserError as e:
-        why = e
+        message = e
     except torch.OutOfMemoryError:
-        why = ("not even the inputs fit into GPU memory: choose smaller --models, or lower"
-               " --tokens, --questions, --K or --L")
-    print(f"benchmarks: {why}", file=sys.stderr)
+        message = ("not even the inputs fit into GPU memory: choose smaller --models, or lower"
+                   " --tokens, --questions, --K or --L")
+    print(f"benchmarks: {message}", file=sys.stderr)
     return 1
 
 

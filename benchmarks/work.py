@@ -1,8 +1,8 @@
-"""What the loops of a benchmark share: models of real shapes, questions, forced lengths, our loop.
+"""What all candidates of a whole loop share: a model, questions and lengths; and our own loop.
 
-Models have the shapes of real ones and random weights, so nothing that they write ends by itself.
-Ends are forced, the same for every candidate: after a log-normal number of tokens, median 0.4 L;
-about one rationale in sixteen is cut at L. The vocabulary's last token is EOS.
+The models have the shapes of real ones and random weights, so their rationales would not end by
+themselves. Lengths are forced instead, the same for every candidate: log-normal with median 0.4 L,
+so that about one rationale in sixteen is cut at L. The last token of the vocabulary is EOS.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 import latro
 from harness import distributed
@@ -36,28 +36,29 @@ SHAPES = {
                          num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
     "toy": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=4, vocab_size=163)}
-MEDIAN, SPREAD = 0.4, 0.6  # of a rationale's length, in L; the deviation of its logarithm
-PROMPTS, TOY_PROMPTS = (60, 200), (24, 56)  # tokens: GSM8K's, the toy's
-TEMPLATE, ANSWER = 4, 3  # tokens of y: what joins it to z, the answer with its EOS
-LIKELY = 0.9  # numbers below it never draw EOS, which has the last place in the distribution
+MEDIAN, SPREAD = 0.4, 0.6  # median length of a rationale in L; standard deviation of its logarithm
+PROMPT_TOKENS, TOY_PROMPT_TOKENS = (60, 200), (24, 56)  # least and most: as in GSM8K, in the toy
+TEMPLATE_TOKENS, ANSWER_TOKENS = 4, 3  # of y; the answer includes EOS
+BELOW_EOS = 0.9  # uniform numbers below it never draw EOS, which is last in the distribution
 PHASES = "sample", "score", "backward", "step"
 
 
-class Work:
+class Workload:
     """What the candidates of a table share: models, questions, lengths.
 
-    policy    as latro.train has it; to sample only, bare weights in the dtype that computes
-    batch     questions: random prompts and answers
-    lengths   (N,) tokens of each rationale, its EOS included; one of L tokens has been cut
-    uniform   (N, L): makes `sample` draw rationales of just these lengths
-    optimizer None where nothing is trained; else its rate is 0, or EOS might become likely"""
+    policy     as latro.train has it; without training, plain weights in the dtype that computes
+    reference  as latro.train has it; None without training
+    batch      questions: random prompts and answers
+    lengths    (N,) tokens of each rationale, EOS included; one of L tokens has been cut
+    uniform    (N, L) numbers for sample_rationales that give rationales of exactly these lengths
+    optimizer  None without training. Its learning rate is 0, or EOS might become likely"""
 
     def __init__(self, model: str, args: argparse.Namespace, train: bool):
         self.folder, self.name, place = TemporaryDirectory(), model, torch.device(device())
         self.args = latro.Args(**(latro.PRESETS["toy"] if model == "toy" else {}) | dict(
             model=self.folder.name, questions=args.questions, K=args.K, L=args.L, steps=1, lr=0.0))
         self.dtype = distributed.compute_dtype(place)
-        self.save(place)
+        self.save_random_model(place)
         self.policy = latro.load_model(self.args, place, torch.float32 if train else self.dtype,
                                        latro.logprobs)
         self.reference = (latro.load_model(self.args, place, self.dtype, latro.logprobs)
@@ -65,78 +66,84 @@ class Work:
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0,
                                            fused=True) if train else None
         self.shape, self.eos = Shape(self.policy.config, self.args, 1), self.policy.vocab_size - 1
-        self.invent(args.questions, args.K, args.L)
+        self.draw_questions(args.questions, args.K, args.L)
 
-    def save(self, place: torch.device) -> None:
-        """A model of random weights, as a directory."""
+    def save_random_model(self, place: torch.device) -> None:
+        """Writes a model of random weights to the folder."""
         config = transformers.LlamaConfig(**dict(tie_word_embeddings=True) | SHAPES[self.name],
                                           max_position_embeddings=2**17, bos_token_id=None,
                                           eos_token_id=None)
         torch.manual_seed(0)
         with place:
-            random = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-        random.save_pretrained(self.folder.name)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        model.save_pretrained(self.folder.name)
 
-    def invent(self, B: int, K: int, L: int) -> None:
-        """Questions and lengths, always the same."""
+    def draw_questions(self, B: int, K: int, L: int) -> None:
+        """Draws questions, lengths and uniform numbers, always the same."""
         rng = np.random.default_rng(0)
 
-        def ids(n: int) -> list[int]:
+        def random_ids(n: int) -> list[int]:
             return rng.integers(self.eos, size=n).tolist()
-        few, many = TOY_PROMPTS if self.name == "toy" else PROMPTS
-        self.batch = [Example("", "", ids(n), [*ids(ANSWER - 1), self.eos], [])
-                      for n in rng.integers(few, many, size=B, endpoint=True)]
+        least, most = TOY_PROMPT_TOKENS if self.name == "toy" else PROMPT_TOKENS
+        self.batch = [
+            Example("", "", random_ids(n), [*random_ids(ANSWER_TOKENS - 1), self.eos], [])
+            for n in rng.integers(least, most, size=B, endpoint=True)]
         lengths = np.ceil(MEDIAN * L * rng.lognormal(0, SPREAD, B * K)).clip(1, L).astype(int)
-        uniform = LIKELY * rng.random((B * K, L))
+        uniform = BELOW_EOS * rng.random((B * K, L))
         uniform[lengths < L, lengths[lengths < L] - 1] = 1.0
         self.lengths, self.uniform = lengths.tolist(), torch.tensor(uniform)
 
-    def finished(self, rows: list[list[int]]) -> list[list[int]]:
-        """Sampled rows up to their EOS."""
-        return [z[:z.index(self.eos) + 1] if self.eos in z else z for z in rows]
+    def cut_after_eos(self, rows: list[list[int]]) -> list[list[int]]:
+        """Sampled rows up to and including EOS."""
+        return [ids[:ids.index(self.eos) + 1] if self.eos in ids else ids for ids in rows]
 
-    def groups(self, drawn: Iterable[list[int]]) -> list[list[Rationale]]:
-        """What was drawn as K finished rationales a question."""
-        template, z = [*range(TEMPLATE)], iter(drawn)
+    def finish(self, rows: Iterable[list[int]]) -> list[list[Rationale]]:
+        """Sampled rows as rationales, [B][K]."""
+        template, rows = [*range(TEMPLATE_TOKENS)], iter(rows)
         codec = SimpleNamespace(template_after_z=template, template_at_start=template)
 
-        def finish(ids: list[int], answer: list[int]) -> Rationale:
-            return split_rollout(codec, ids, len(ids), -(ids[-1] == self.eos), answer, "answer")
-        return [[finish(next(z), e.answer) for _ in range(self.args.K)] for e in self.batch]
+        def rationale(ids: list[int], answer: list[int]) -> Rationale:
+            stop_reason = -1 if ids[-1] == self.eos else 0
+            return split_rollout(codec, ids, len(ids), stop_reason, answer, "answer")
+        return [[rationale(next(rows), example.answer) for _ in range(self.args.K)]
+                for example in self.batch]
 
-    def made_up(self) -> list[list[Rationale]]:
-        """Rationales of the forced lengths that no model has written."""
+    def random_rationales(self) -> list[list[Rationale]]:
+        """[B][K] rationales of the forced lengths, made of random tokens."""
         rng = np.random.default_rng(1)
-        drawn = (rng.integers(self.eos, size=n).tolist() for n in self.lengths)
-        return self.groups(z if len(z) == self.args.L else [*z[:-1], self.eos] for z in drawn)
+        rows = (rng.integers(self.eos, size=n).tolist() for n in self.lengths)
+        return self.finish(ids if len(ids) == self.args.L else [*ids[:-1], self.eos]
+                           for ids in rows)
 
-    def attend(self, attention: str) -> None:
-        for model in filter(None, (self.policy, self.reference)):
-            model.set_attn_implementation(attention)
+    def set_attention(self, attention: str) -> None:
+        for model in (self.policy, self.reference):
+            if model is not None:
+                model.set_attn_implementation(attention)
 
-    def bytes(self) -> float:
-        """Bytes that decoding has to read: the weights once per token of the longest row after its
-        first, and the keys and values of each row that still runs."""
-        rows = zip((e.x for e in self.batch for _ in range(self.args.K)), self.lengths)
-        seen = sum((n - 1) * (len(x) + n / 2) for x, n in rows)
-        each = torch.finfo(self.dtype).bits // 8
-        return each * ((max(self.lengths) - 1) * self.weights() + seen * self.token())
+    def bytes_to_decode(self) -> float:
+        """Bytes that decoding must read: the weights once for each token of the longest row after
+        its first, and the keys and values of each row that is still running."""
+        prompts = [example.x for example in self.batch for _ in range(self.args.K)]
+        cached_tokens = sum((n - 1) * (len(x) + n / 2) for x, n in zip(prompts, self.lengths))
+        steps, itemsize = max(self.lengths) - 1, torch.finfo(self.dtype).bits // 8
+        return itemsize * (steps * self.weights_per_step()
+                           + cached_tokens * self.cache_numbers_per_token())
 
-    def weights(self) -> int:
-        """Numbers that a step reads of them: of an embedding that is not the head, next to none."""
+    def weights_per_step(self) -> int:
+        """Weights that a decoding step reads. An embedding that is not also the head does not
+        count: only a few of its rows are read."""
         tied = self.policy.config.tie_word_embeddings
         return self.shape.parameters - (0 if tied else self.shape.V * self.shape.D)
 
-    def token(self) -> int:
-        """Numbers that the cache holds of a token."""
+    def cache_numbers_per_token(self) -> int:
         return self.shape.layers * 2 * self.shape.key_width
 
-    def flops(self) -> float:
-        """Of a forward pass that does nothing twice: each prompt once, the head for what is scored,
-        attention where a token sees another."""
+    def forward_flops(self) -> float:
+        """FLOPs of a forward pass that computes nothing twice: each prompt once, the head for the
+        scored tokens, attention only between tokens that attend to each other."""
         s, tokens, pairs, scored = self.shape, 0, 0, 0
-        for e, group in zip(self.batch, self.made_up()):
-            x, branches = len(e.x), [r.context + len(r.y) - 1 for r in group]
+        for example, group in zip(self.batch, self.random_rationales()):
+            x, branches = len(example.x), [r.context + len(r.y) - 1 for r in group]
             tokens += x + sum(branches)
             pairs += x * (x + 1) / 2 + sum(n * x + n * (n + 1) / 2 for n in branches)
             scored += sum(len(r.actions + r.y) for r in group)
@@ -145,91 +152,105 @@ class Work:
 
 
 class Loop:
-    """A candidate. Each call is a whole run, whose seconds by phase go to `runs`."""
+    """A candidate. Each call is a complete run; its seconds by phase are appended to `runs`.
 
-    def __init__(self, work: Work):
-        self.work, self.runs, self.peak = work, [], 0.0
-        self.seconds, self.open, self.last = dict.fromkeys(PHASES, 0.0), [], 0.0
+    A subclass defines `sample`, which returns the ids of all N rationales, and for training
+    `add_gradient`, which computes the gradient; or it overrides `run`."""
+
+    def __init__(self, work: Workload):
+        self.work, self.runs, self.peak = work, [], 0.0  # peak: bytes
+        self.seconds, self.open_phases, self.last_tick = dict.fromkeys(PHASES, 0.0), [], 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time inside counts for this phase, except that of a phase within it."""
+        """Counts the time inside for this phase, except for that of a phase within it."""
         self.tick()
-        self.open.append(name)
+        self.open_phases.append(name)
         try:
             yield
         finally:
             self.tick()
-            self.open.pop()
+            self.open_phases.pop()
 
     def tick(self) -> None:
+        """Adds the time since the last tick to the innermost open phase."""
         if device() == "cuda":
             torch.cuda.synchronize()
         now = perf_counter()
-        if self.open:
-            self.seconds[self.open[-1]] += now - self.last
-        self.last = now
+        if self.open_phases:
+            self.seconds[self.open_phases[-1]] += now - self.last_tick
+        self.last_tick = now
 
-    def __call__(self, driven: bool = False) -> list[list[int]]:
-        """The ids of all rationales. The peak is that of this candidate: what other candidates keep
-        in memory is subtracted."""
-        self.seconds = dict.fromkeys(PHASES if self.work.optimizer else PHASES[:1], 0.0)
-        if self.work.optimizer:
-            self.work.optimizer.zero_grad()  # should a run have broken off
+    def __call__(self, use_uniform: bool = False) -> list[list[int]]:
+        """Runs once and returns the ids of all rationales. With `use_uniform` every candidate draws
+        its tokens by work.uniform, so that all of them must draw the same.
+
+        The peak is that of this candidate: what others keep in memory is subtracted."""
+        training = self.work.optimizer is not None
+        self.seconds = dict.fromkeys(PHASES if training else PHASES[:1], 0.0)
+        if training:
+            self.work.optimizer.zero_grad()  # an earlier run may have failed midway
         if device() == "cuda":
-            others = torch.cuda.memory_allocated() - self.kept()
+            others = torch.cuda.memory_allocated() - self.resident_bytes()
             torch.cuda.reset_peak_memory_stats()
-        drawn = self.run(driven)
+        rows = self.run(use_uniform)
         if device() == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
         self.runs.append(self.seconds)
-        return drawn
+        return rows
 
-    def owned(self) -> tuple:
-        """Models and optimizer."""
+    def models_and_optimizer(self) -> tuple:
+        """Policy, reference and optimizer that this candidate uses."""
         return self.work.policy, self.work.reference, self.work.optimizer
 
-    def kept(self) -> int:
-        """Bytes."""
-        *models, optimizer = self.owned()
+    def resident_bytes(self) -> int:
+        """Bytes that this candidate's models and optimizer take between runs."""
+        *models, optimizer = self.models_and_optimizer()
         states = optimizer.state.values() if optimizer else ()
         return sum(t.nbytes for t in chain(*(m.parameters() for m in models if m),
                                            *(state.values() for state in states)))
 
-    def run(self, driven: bool) -> list[list[int]]:
+    def run(self, use_uniform: bool) -> list[list[int]]:
         with self.phase("sample"):
-            drawn = self.draw(driven)
-        if self.work.optimizer:
-            self.learn(self.work.groups(drawn))
+            rows = self.sample(use_uniform)
+        if self.work.optimizer is not None:
+            self.add_gradient(self.work.finish(rows))
             with self.phase("step"):
                 latro.optimizer_step(self.work.policy, self.work.optimizer, 0, self.work.args)
-        return drawn
+        return rows
 
-    def gradient(self) -> list[Tensor]:
-        """The gradient of the first question for the head, the first block and the last."""
+    def gradient_to_compare(self) -> list[Tensor]:
+        """The gradient of the first question, for the head and the first and last block."""
         policy = self.work.policy
-        self.learn(self.work.made_up()[:1])
+        self.add_gradient(self.work.random_rationales()[:1])
         blocks = policy.model.layers[0], policy.model.layers[-1]
-        some = policy.get_output_embeddings().weight, *(p for b in blocks for p in b.parameters())
-        grads = [getattr(p.grad, "full_tensor", lambda g=p.grad: g)().cpu() for p in some]
+        parameters = [policy.get_output_embeddings().weight,
+                      *(p for block in blocks for p in block.parameters())]
+        gradients = [unsharded_gradient(p).cpu() for p in parameters]
         self.work.optimizer.zero_grad()
-        return grads
+        return gradients
+
+
+def unsharded_gradient(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
 class Ours(Loop):
     """The loop of latro.train."""
 
-    def draw(self, driven: bool) -> list[list[int]]:
+    def sample(self, use_uniform: bool) -> list[list[int]]:
+        """Always draws by work.uniform: it forces the lengths."""
         w = self.work
-        w.attend("latro")
+        w.set_attention("latro")
         with distributed.unsharded(w.policy):
-            drawn = sample_rationales(w.policy, [e.x for e in w.batch], [], [w.eos], w.args.K,
-                                      w.args.L, w.uniform)
-            return [ids for ids, *_ in drawn]
+            sampled = sample_rationales(w.policy, [example.x for example in w.batch], [], [w.eos],
+                                        w.args.K, w.args.L, w.uniform)
+            return [ids for ids, *_ in sampled]
 
-    def learn(self, groups: list[list[Rationale]]) -> None:
+    def add_gradient(self, groups: list[list[Rationale]]) -> None:
         w = self.work
-        w.attend("latro")
+        w.set_attention("latro")
         sizes = [*map(tree_size, w.batch, groups)]
         for indices in distributed.assign_micro_batches(sizes, w.args.micro):
             examples, group = zip(*((w.batch[i], groups[i]) for i in indices))

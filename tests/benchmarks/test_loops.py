@@ -1,5 +1,5 @@
-"""The benchmark of whole loops at a toy's size on a CPU: that its candidates do the same work, what
-it counts, and that a candidate which does something else is found out."""
+"""Proves that the candidates of the loop benchmark do the same work, that its byte and FLOP counts
+are right, and that it detects a candidate which does something else. At a toy's size on a CPU."""
 
 import json
 import math
@@ -17,33 +17,34 @@ from harness import distributed, model
 from kernels import decode
 from benchmarks import __main__ as command
 from benchmarks import loops, rivals
-from benchmarks import work as shared
+from benchmarks import work as workloads
 from test_graphs import Tape
 
 SMALL = "--questions 2 --K 3 --L 12 --rounds 2".split()
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """TRL is there only where a test brings it; torch.compile would take most of the time."""
+def without_trl_and_compiler(monkeypatch):
+    """TRL is found only if a test provides it. torch.compile would take most of the time."""
     for module in (loops, command):
         monkeypatch.setattr(module, "find_spec", lambda name: name != "trl" and find_spec(name))
-    monkeypatch.setattr(loops, "uncompilable", lambda: "not run: a test")
+    monkeypatch.setattr(loops, "compiler_problem", lambda: "not run: a test")
 
 
 def run(out, *argv):
     """Exit code, and the rows by candidate."""
     code = command.main([*argv, *SMALL, "--out", str(out)])
-    held = json.loads((out / f"{argv[0]}.json").read_text())
-    return code, {row["candidate"]: row for row in held["rows"]}
+    results = json.loads((out / f"{argv[0]}.json").read_text())
+    return code, {row["candidate"]: row for row in results["rows"]}
 
 
 @pytest.fixture
-def work():
-    """Makes models and questions, for training unless told otherwise."""
+def make_workload():
+    """Makes a model and questions, for training by default."""
+    def make(B=2, K=3, L=12, train=True):
+        return workloads.Workload("toy", SimpleNamespace(questions=B, K=K, L=L), train)
     distributed.init_distributed()
-    yield lambda B=2, K=3, L=12, train=True: shared.Work(
-        "toy", SimpleNamespace(questions=B, K=K, L=L), train)
+    yield make
     dist.destroy_process_group()
 
 
@@ -68,11 +69,11 @@ def test_rollout(tmp_path):
 
 
 def test_decode(tmp_path, monkeypatch):
-    """A step, and one that is recorded: a tape stands for the CUDA graph."""
+    """A step by itself, and a captured one. A tape stands for the CUDA graph."""
     code, rows = run(tmp_path, "decode")
     assert code == 0 and rows["eager"]["note"].startswith("the same") and rows["ours"]["rows"] == 6
     monkeypatch.setitem(decode.PACES, "cpu", decode.Pace(3, 8, True))
-    monkeypatch.setattr(decode, "capture_graph", lambda function, before: Tape(function))
+    monkeypatch.setattr(decode, "capture_graph", lambda function, previous: Tape(function))
     monkeypatch.setattr(decode.CUDAGraphRunner, "latest", None)
     code, rows = run(tmp_path, "decode")
     assert code == 0 and rows["ours"]["error"] == dict(logits=0) == rows["eager"]["error"]
@@ -82,14 +83,14 @@ def test_decode(tmp_path, monkeypatch):
 def test_update(tmp_path):
     code, rows = run(tmp_path, "update", "--plot")
     assert code == 0 and rows["trl"]["note"] == "not installed"
-    limit = rows["floor"]["phases"]
+    floor = rows["floor"]["phases"]
     for name in ("ours", "released"):
         phases, figures = rows[name]["phases"], rows[name]["figures"]
         assert list(phases) == ["sample", "score", "backward", "step"] and min(phases.values()) > 0
         assert sum(phases.values()) == pytest.approx(rows[name]["seconds"]["update"]["median"], 0.2)
         learning = phases["score"] + phases["backward"]
-        assert figures["MFU"] == (limit["score"] + limit["backward"]) / learning
-        assert figures["of decode limit"] == limit["sample"] / phases["sample"]
+        assert figures["MFU"] == (floor["score"] + floor["backward"]) / learning
+        assert figures["of decode limit"] == floor["sample"] / phases["sample"]
         assert rows[name]["error"]["lengths"] == rows[name]["error"]["tokens"] == 0
     assert rows["released"]["error"]["gradient"] < 1e-4
     assert set(rows["floor"]["figures"]) == {"GB/s", "TFLOP/s"}
@@ -98,85 +99,100 @@ def test_update(tmp_path):
     assert (tmp_path / "update.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_in_a_gpus_precision(tmp_path, monkeypatch):
-    """float32 weights under FSDP2 that compute in bfloat16."""
+def forced_ids(work):
+    """Random rationales of the forced lengths, as rows of ids."""
+    return [r.actions for group in work.random_rationales() for r in group]
+
+
+def test_update_in_bfloat16(tmp_path, monkeypatch):
+    """As on a GPU: float32 weights under FSDP2 that compute in bfloat16."""
+    def sample(self, use_uniform):
+        return forced_ids(self.work)
     monkeypatch.setattr(distributed, "compute_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(rivals.Generate, "draw", drawn := lambda self, driven: forced(self.work))
-    monkeypatch.setattr(shared.Ours, "draw", drawn)
+    monkeypatch.setattr(rivals.Generate, "sample", sample)
+    monkeypatch.setattr(workloads.Ours, "sample", sample)
     _, rows = run(tmp_path, "update")
     assert 1e-5 < rows["released"]["error"]["gradient"] < 0.1
 
 
-def forced(work):
-    """Rationales of the forced lengths."""
-    return [r.actions for group in work.made_up() for r in group]
+sum_logprobs = rivals.Released.sum_logprobs
 
 
 def off_by_one(self, model, rows):
-    """The released code's slip: the last token of what comes before belongs to y."""
-    return sums(self, model, [(a[:-1], a[-1:] + b) for a, b in rows])
+    """The released code's error: the last token before y is scored as part of y."""
+    return sum_logprobs(self, model, [(a[:-1], a[-1:] + b) for a, b in rows])
 
 
-sums = rivals.Released.sums
+def wrong_sign(self, model, rows):
+    return -sum_logprobs(self, model, rows)
 
 
-@pytest.mark.parametrize("where, name, what, named", [
-    (rivals.Released, "sums", off_by_one, "released is wrong: gradient is off"),
-    (rivals.Released, "sums", lambda *args: -sums(*args),
-     "released is wrong: gradient is off by 2"),
-    (shared.Ours, "draw", lambda self, _: [z[:-1] or z for z in forced(self.work)],
-     "ours is wrong: lengths is off by"),
-    (shared.Ours, "draw", lambda self, _: forced(self.work), "ours is wrong: tokens is off by 6")])
-def test_another_computation_is_found_out(tmp_path, monkeypatch, capsys, where, name, what, named):
-    monkeypatch.setattr(where, name, what)
+def too_short(self, use_uniform):
+    return [ids[:-1] or ids for ids in forced_ids(self.work)]
+
+
+def other_tokens(self, use_uniform):
+    return forced_ids(self.work)
+
+
+@pytest.mark.parametrize("loop, method, mutant, message", [
+    (rivals.Released, "sum_logprobs", off_by_one, "released is wrong: gradient is off"),
+    (rivals.Released, "sum_logprobs", wrong_sign, "released is wrong: gradient is off by 2"),
+    (workloads.Ours, "sample", too_short, "ours is wrong: lengths is off by"),
+    (workloads.Ours, "sample", other_tokens, "ours is wrong: tokens is off by 6")])
+def test_another_computation_is_detected(tmp_path, monkeypatch, capsys, loop, method, mutant,
+                                         message):
+    monkeypatch.setattr(loop, method, mutant)
     code, rows = run(tmp_path, "update")
-    assert code == 1 and named in capsys.readouterr().err
+    assert code == 1 and message in capsys.readouterr().err
     assert not any("seconds" in row for row in rows.values() if row["note"])
 
 
-def test_our_gradient_has_both_terms(work):
-    """Without the answer term it is not the released procedure's."""
-    w = work()
-    truth = shared.Ours(w).gradient()
-    w.args.answer_weight = 0.0
-    error = loops.errors(dict(gradient=truth), shared.Ours(w))
+def test_our_gradient_has_both_terms(make_workload):
+    """Without the answer term it differs from the gradient that is compared."""
+    work = make_workload()
+    exact = workloads.Ours(work).gradient_to_compare()
+    work.args.answer_weight = 0.0
+    error = loops.loop_errors(dict(gradient=exact), workloads.Ours(work))
     assert error["gradient"] > 0.01
 
 
-def test_lengths(work):
-    """Log-normal, some cut; both ways of sampling end where they are told to, by EOS or by L."""
-    w = work(32, 16, 48, train=False)
-    lengths = torch.tensor(w.lengths).float()
+def test_lengths(make_workload):
+    """Log-normal, some of them cut. Every way of sampling ends each rationale at its length, by EOS
+    or by L."""
+    work = make_workload(32, 16, 48, train=False)
+    lengths = torch.tensor(work.lengths).float()
     assert 0.38 < lengths.median() / 48 < 0.44 and 0.03 < (lengths == 48).float().mean() < 0.1
-    w = work(4, 8, 12, train=False)
-    assert 12 in w.lengths and min(w.lengths) < 6
-    for loop in (shared.Ours(w), rivals.Generate(w), rivals.Released(w)):
-        drawn = loop()
-        assert [len(z) for z in drawn] == w.lengths
-        assert [z[-1] == w.eos for z in drawn] == [n < 12 for n in w.lengths]
-        assert w.eos not in sum((z[:-1] for z in drawn), [])
-    groups = w.groups(drawn)
-    assert [r.truncated for g in groups for r in g] == [n == 12 for n in w.lengths]
+    work = make_workload(4, 8, 12, train=False)
+    assert 12 in work.lengths and min(work.lengths) < 6
+    for loop in (workloads.Ours(work), rivals.Generate(work), rivals.Released(work)):
+        rows = loop()
+        assert [len(ids) for ids in rows] == work.lengths
+        assert [ids[-1] == work.eos for ids in rows] == [n < 12 for n in work.lengths]
+        assert not any(work.eos in ids[:-1] for ids in rows)
+    groups = work.finish(rows)
+    assert [r.truncated for group in groups for r in group] == [n == 12 for n in work.lengths]
 
 
-def test_the_toy_is_the_toy(work):
+def test_the_toy_has_the_shape_of_the_toy_model():
     config = model.AutoConfig.from_pretrained(TOY)
-    assert all(getattr(config, k) == v for k, v in shared.SHAPES["toy"].items())
+    assert all(getattr(config, k) == v for k, v in workloads.SHAPES["toy"].items())
 
 
-def test_bytes_are_those_of_each_step(work):
-    w = work(train=False)
-    weights = sum(p.numel() for p in w.policy.parameters())
-    a_token = 2 * 4 * 32 * 3  # keys and values: heads, width, layers
-    prompts = [len(e.x) for e in w.batch for _ in range(3)]
+def test_bytes_to_decode_are_summed_over_steps(make_workload):
+    work = make_workload(train=False)
+    weights = sum(p.numel() for p in work.policy.parameters())
+    per_token = 2 * 4 * 32 * 3  # keys and values: heads, width, layers
+    prompts = [len(example.x) for example in work.batch for _ in range(3)]
     numbers = 0
-    for t in range(1, max(w.lengths)):  # the first token comes of the prompt's own pass
-        numbers += weights + sum(a_token * (x + t) for x, n in zip(prompts, w.lengths) if t < n)
-    assert w.bytes() == 4 * numbers
+    for t in range(1, max(work.lengths)):  # the prefill gives the first token
+        running = [x for x, n in zip(prompts, work.lengths) if t < n]
+        numbers += weights + sum(per_token * (x + t) for x in running)
+    assert work.bytes_to_decode() == 4 * numbers
 
 
-def seen(layout):
-    """How many tokens a token sees, in all: itself and those before it, padding aside."""
+def attended_pairs(layout):
+    """The number of pairs of a token and a token that it attends to, padding not counted."""
     real = layout.perm < len(layout.inverse) - 1
     (B, _, P, _), L = layout.prompt_mask.shape, layout.branch_mask.shape[2]
     prompt, branch = real[:B * P].view(B, P), real[B * P:].view(-1, L)
@@ -184,34 +200,34 @@ def seen(layout):
                + (layout.branch_mask[:, 0] * branch[:, :, None]).sum())
 
 
-def test_flops_are_those_of_the_tree(work):
-    w, D, mlp, V = work(), 128, 384, 163
+def test_forward_flops_are_those_of_the_tree(make_workload):
+    work, D, mlp, V = make_workload(), 128, 384, 163
     block = 4 * D * D + 3 * D * mlp + 2 * D
     by_hand = 0
-    for e, group in zip(w.batch, w.made_up()):
-        tree = latro.pack_tree([e.x], [group], 1.0, w.policy)
-        real = tree.ids.numel() - 1  # the last one is padding
-        by_hand += 3 * (2 * block * real + 4 * D * seen(tree.layout))
+    for example, group in zip(work.batch, work.random_rationales()):
+        tree = latro.pack_tree([example.x], [group], 1.0, work.policy)
+        tokens = tree.ids.numel() - 1  # the last one is padding
+        by_hand += 3 * (2 * block * tokens + 4 * D * attended_pairs(tree.layout))
         by_hand += 2 * V * D * len(tree.targets)
-    assert w.flops() == by_hand
+    assert work.forward_flops() == by_hand
 
 
 @pytest.mark.parametrize("dtype, reference", [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_what_is_kept(work, monkeypatch, dtype, reference):
-    """The policy in float32, its reference, and after a step Adam's two moments and step counts."""
+def test_resident_bytes(make_workload, monkeypatch, dtype, reference):
+    """The policy in float32 and its reference; after a step also Adam's two moments and its step
+    counts."""
     monkeypatch.setattr(distributed, "compute_dtype", lambda device: dtype)
-    w = work()
-    loop, n = shared.Ours(w), sum(p.numel() for p in w.policy.parameters())
-    assert loop.kept() == (4 + reference) * n
+    work = make_workload()
+    loop, n = workloads.Ours(work), sum(p.numel() for p in work.policy.parameters())
+    assert loop.resident_bytes() == (4 + reference) * n
     loop()
-    assert loop.kept() == (12 + reference) * n + 4 * len([*w.policy.parameters()])
+    assert loop.resident_bytes() == (12 + reference) * n + 4 * len([*work.policy.parameters()])
 
 
-def test_a_phase_within_another(monkeypatch):
-    """Its seconds are its own."""
+def test_the_time_of_an_inner_phase_counts_once(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 7.0])
-    monkeypatch.setattr(shared, "perf_counter", lambda: next(clock))
-    loop = shared.Loop(None)
+    monkeypatch.setattr(workloads, "perf_counter", lambda: next(clock))
+    loop = workloads.Loop(None)
     with loop.phase("step"):
         with loop.phase("sample"):
             pass
@@ -219,7 +235,7 @@ def test_a_phase_within_another(monkeypatch):
 
 
 class Trainer:
-    """The parts of TRL's RLOOTrainer that are used, and nothing learnt."""
+    """The parts of TRL's RLOOTrainer that the benchmark uses. It learns nothing."""
 
     def __init__(self, model, reward, args, processing_class, train_dataset):
         self.model, self.reward, self.args, self.tokenizer = model, reward, args, processing_class
@@ -237,18 +253,19 @@ class Trainer:
         self._prepare_inputs(rows)
 
     def _prepare_inputs(self, rows):
+        eos = self.tokenizer.eos_token_id
         ids = self.tokenizer([row["prompt"] for row in rows], padding=True, padding_side="left",
                              return_tensors="pt", return_token_type_ids=False)
         out = self.model.generate(**ids, max_new_tokens=self.args.max_completion_length,
-                                  do_sample=True, eos_token_id=self.tokenizer.eos_token_id)
-        drawn = [z[:z.index(162) + 1] if 162 in z else z
-                 for z in out[:, ids["input_ids"].shape[1]:].tolist()]
-        assert len(self.reward(completion_ids=drawn, prompts=rows)) == len(rows)
+                                  do_sample=True, eos_token_id=eos)
+        completions = [z[:z.index(eos) + 1] if eos in z else z
+                       for z in out[:, ids["input_ids"].shape[1]:].tolist()]
+        assert len(self.reward(completion_ids=completions, prompts=rows)) == len(rows)
 
 
 @pytest.mark.parametrize("real", [False, True])
 def test_trl(tmp_path, monkeypatch, real):
-    """Its rationales are ours token by token where both draw by the same numbers: it was given the
+    """Its rationales equal ours token by token when both draw by the same numbers. So it has the
     same prompts, weights and lengths."""
     if real and not find_spec("trl"):
         pytest.skip("not installed: trl")
@@ -266,7 +283,7 @@ def test_trl(tmp_path, monkeypatch, real):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["rollout", "update"])
 def test_on_a_gpu(tmp_path, name):
-    """The peak holds the models, and what a GPU's datasheet says is a column too."""
+    """The peak includes the models. MFU by the GPU's datasheet is a column too."""
     code, rows = run(tmp_path, name, "--models", "toy")
     assert code == 0
     weights = 600_000 * (18 if name == "update" else 2)
@@ -274,12 +291,12 @@ def test_on_a_gpu(tmp_path, name):
     assert ("MFU of 989 TFLOP/s" in rows["ours"]["figures"]) == (name == "update")
 
 
-@pytest.mark.parametrize("argv, named", [
+@pytest.mark.parametrize("argv, message", [
     ("update --K 1", "--K 1"), ("rollout --K 0", "0"), ("rollout --models Phi-3.5-mini", "Phi"),
     ("update --only nope --questions 1 --K 2 --L 2", "nope")])
-def test_bad_input(tmp_path, capsys, monkeypatch, argv, named):
+def test_bad_input(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     assert command.main(argv.split()) == 1
-    said = capsys.readouterr()
-    assert not said.out and said.err.count("\n") == 1 and named in said.err
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and message in err
     assert not dist.is_initialized()

@@ -1,6 +1,8 @@
-"""The benchmark's harness at a toy's size on a CPU: what it times, refuses, writes and says."""
+"""Proves that the benchmark of operations times only candidates whose results are right, and that
+it records what its numbers depend on. At a toy's size on a CPU."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from conftest import ROOT, begin
 from benchmarks import __main__ as command
 from benchmarks import operations, timing
-from benchmarks.operations import plain
+from benchmarks.operations import plain_logprobs
 
 PASSES = ["forward", "backward", "full"]
 ENVIRONMENT = {"command", "date", "commit", "device", "torch", "triton", "liger_kernel",
@@ -16,15 +18,15 @@ ENVIRONMENT = {"command", "date", "commit", "device", "torch", "triton", "liger_
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """No peer is asked for, wherever the tests run; torch.compile would take most of the time."""
-    monkeypatch.setattr(operations, "compiled", lambda fn: "not run: a test")
+def small_and_not_compiled(monkeypatch):
+    """torch.compile would take most of the time."""
+    monkeypatch.setattr(operations, "compiled", lambda function: "not run: a test")
     monkeypatch.setattr(operations, "RATIONALES", [(2, 4, 8)])
     monkeypatch.setattr(operations, "ROWS", [16])
 
 
 def run(out, *argv):
-    """Exit code, and what the JSON holds."""
+    """Exit code, and the contents of the JSON file."""
     code = command.main([*argv, "--rounds", "3", "--out", str(out)])
     return code, json.loads((out / f"{argv[0]}.json").read_text())
 
@@ -36,14 +38,15 @@ def check_times(row, passes):
 
 
 def test_logprob(tmp_path, capsys):
-    """A row for every candidate, in JSON as in Markdown; those that cannot run say why."""
-    code, held = run(tmp_path, "logprob", "--models", "toy", "--tokens", "32", "64", "--plot")
+    """JSON and Markdown have a row for every candidate; those that cannot run say why."""
+    code, results = run(tmp_path, "logprob", "--models", "toy", "--tokens", "32", "64", "--plot")
     printed, markdown = capsys.readouterr().out, (tmp_path / "logprob.md").read_text()
-    assert code == 0 and set(held) == ENVIRONMENT | {"rows"}
-    assert torch.__version__.startswith(held["torch"]) and "--tokens 32 64" in held["command"]
+    assert code == 0 and set(results) == ENVIRONMENT | {"rows"}
+    assert torch.__version__.startswith(results["torch"])
+    assert results["command"].startswith("python -m benchmarks logprob --models toy --tokens 32 64")
     names = {"floor", *operations.logprob_candidates()}
     for T in (32, 64):
-        rows = {row["candidate"]: row for row in held["rows"] if row["T"] == T}
+        rows = {row["candidate"]: row for row in results["rows"] if row["T"] == T}
         assert set(rows) == names and (rows["floor"]["D"], rows["floor"]["V"]) == (64, 512)
         for name in ("floor", "reference", "plain"):
             check_times(rows[name], PASSES)
@@ -56,108 +59,146 @@ def test_logprob(tmp_path, capsys):
     assert (tmp_path / "logprob.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("frozen, results", [("weight", ["logp", "dH"]),
-                                             ("hidden", ["logp", "dW"])])
-def test_frozen(tmp_path, frozen, results):
-    _, held = run(tmp_path, "logprob", "--tokens", "32", "--only", "plain", "--frozen", frozen)
-    assert [list(row["error"]) for row in held["rows"] if "error" in row] == [results]
+@pytest.mark.parametrize("frozen, names", [("weight", ["logp", "dH"]), ("hidden", ["logp", "dW"])])
+def test_frozen(tmp_path, frozen, names):
+    _, results = run(tmp_path, "logprob", "--tokens", "32", "--only", "plain", "--frozen", frozen)
+    assert [list(row["error"]) for row in results["rows"] if "error" in row] == [names]
 
 
 def test_chunked_products():
-    """The floor in chunks of the vocabulary multiplies what the whole does."""
+    """The floor in chunks of the vocabulary computes the same products as in one piece."""
     H, W, *_ = operations.logprob_inputs(32, 64, 512)
-    H.requires_grad_(), W.requires_grad_()
+    H.requires_grad_()
+    W.requires_grad_()
     z = (H @ W.T).detach()
     for free in (2**40, 2 * 32 * 4 * 256):
-        dH, dW = operations.products(H, W, free)["full"]()()
+        dH, dW = operations.matrix_products(H, W, free)["full"]()()
         torch.testing.assert_close(dH, z @ W.detach())
         torch.testing.assert_close(dW, z.T @ H.detach())
 
 
-def test_half_of_the_rows_are_sure():
+def test_half_of_the_rows_are_sure_of_their_target():
     H, W, targets, _ = operations.logprob_inputs(512, 64, 512)
-    p = plain(H, W, targets).exp()
+    p = plain_logprobs(H, W, targets).exp()
     assert p[::2].median() > 0.9 and p[1::2].median() < 0.1
 
 
-@pytest.mark.parametrize("wrong, named", [
-    (lambda h, w, t: -plain(h, w, t), "logp is off by 2"),
-    (lambda h, w, t: plain(h, w, t).nan_to_num() * torch.nan, "logp is off by nan"),
-    (lambda h, w, t: 2 * plain(h, w, t) - plain(h, w, t).detach(), "dH is off by 1")])
-def test_wrong_candidates_are_not_timed(tmp_path, monkeypatch, capsys, wrong, named):
-    """A sign, not a number, right values with a wrong gradient."""
-    monkeypatch.setattr(operations, "logprob_candidates", lambda: {"wrong": wrong, "plain": plain})
-    code, held = run(tmp_path, "logprob", "--tokens", "32")
-    rows = {row["candidate"]: row for row in held["rows"]}
+def wrong_sign(h, w, t):
+    return -plain_logprobs(h, w, t)
+
+
+def all_nan(h, w, t):
+    return plain_logprobs(h, w, t).nan_to_num() * torch.nan
+
+
+def doubled_gradient(h, w, t):
+    """The right values."""
+    return 2 * plain_logprobs(h, w, t) - plain_logprobs(h, w, t).detach()
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (wrong_sign, "logp is off by 2"), (all_nan, "logp is off by nan"),
+    (doubled_gradient, "dH is off by 1")])
+def test_wrong_candidates_are_not_timed(tmp_path, monkeypatch, capsys, wrong, message):
+    candidates = {"wrong": wrong, "plain": plain_logprobs}
+    monkeypatch.setattr(operations, "logprob_candidates", lambda: candidates)
+    code, results = run(tmp_path, "logprob", "--tokens", "32")
+    rows = {row["candidate"]: row for row in results["rows"]}
     note = rows["wrong"]["note"]
-    assert code == 1 and note.startswith("wrong: ") and named in note
+    assert code == 1 and note.startswith("wrong: ") and message in note
     assert "seconds" not in rows["wrong"]
     check_times(rows["plain"], PASSES)
     assert capsys.readouterr().err.startswith("benchmarks: wrong is wrong: ")
 
 
-def test_too_little_memory_is_a_row(tmp_path, monkeypatch):
-    def hungry(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.83 GiB.")
-    candidates = {"hungry": hungry, "plain": plain}
+def notes_with(tmp_path, monkeypatch, candidate):
+    """Notes of the rows floor, plain_logprobs and `candidate`, of a run with exit code 0."""
+    candidates = dict(candidate=candidate, plain=plain_logprobs)
     monkeypatch.setattr(operations, "logprob_candidates", lambda: candidates)
-    code, held = run(tmp_path, "logprob", "--tokens", "32")
+    code, results = run(tmp_path, "logprob", "--tokens", "32")
     assert code == 0
-    assert [row["note"] for row in held["rows"]] == [None, None, "CUDA out of memory"]
+    return [row["note"] for row in results["rows"]]
 
 
-def test_a_compiler_that_fails_is_a_row(tmp_path, monkeypatch):
-    def broken(*_):
+def test_running_out_of_memory_is_a_note(tmp_path, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.83 GiB.")
+    assert notes_with(tmp_path, monkeypatch, out_of_memory) == [None, None, "CUDA out of memory"]
+
+
+def test_a_failing_compiler_is_a_note(tmp_path, monkeypatch):
+    def cannot_be_compiled(*_):
         raise torch._dynamo.exc.Unsupported("graph break\nin user code")
-    monkeypatch.setattr(operations, "logprob_candidates", lambda: dict(broken=broken, plain=plain))
-    code, held = run(tmp_path, "logprob", "--tokens", "32")
     note = "cannot be compiled: Unsupported: graph break in user code"
-    assert code == 0 and [row["note"] for row in held["rows"]] == [None, None, note]
+    assert notes_with(tmp_path, monkeypatch, cannot_be_compiled) == [None, None, note]
 
 
 def test_score(tmp_path):
-    code, held = run(tmp_path, "score")
-    assert code == 0 and {row["bound"] for row in held["rows"]} == {"elbo", "iwae"}
-    for row in held["rows"]:
+    code, results = run(tmp_path, "score")
+    assert code == 0 and {row["bound"] for row in results["rows"]} == {"elbo", "iwae"}
+    for row in results["rows"]:
         if row["candidate"] in ("floor", "reference"):
             check_times(row, ["call"])
 
 
-def test_sample(tmp_path, monkeypatch):
-    """All ways of drawing are right; taking the top token every time is not drawing."""
-    code, held = run(tmp_path, "sample")
+def test_sample(tmp_path):
+    """Every way to draw is right. Always taking the most likely token is found to be wrong."""
+    code, results = run(tmp_path, "sample")
     assert code == 0
-    timed = {row["candidate"] for row in held["rows"] if "seconds" in row}
+    timed = {row["candidate"] for row in results["rows"] if "seconds" in row}
     assert timed == {"floor", "inverse", "multinomial", "gumbel"}
     task = operations.sample_task(64, 512)
-    assert task.errors(lambda x: x.argmax(-1))["draws (sigma)"] > task.tolerance
+    assert task.errors(lambda logits: logits.argmax(-1))["draws (sigma)"] > task.tolerance
 
 
-def test_statistics():
+def test_tune_changes_the_settings_of_the_kernel(monkeypatch):
+    """Each candidate launches with its own settings, and the defaults are back afterwards. Nothing
+    is launched here: a stub takes the kernel's place."""
+    kernel = pytest.importorskip("kernels.token_logprob")
+    seen, before = [], (kernel.tile_for, kernel.DZ_BYTES)
+    monkeypatch.setattr(operations, "device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(kernel, "token_logprobs", lambda hidden, weight, targets: seen.append(
+        (kernel.tile_for(hidden, weight), kernel.DZ_BYTES)))
+    tasks = operations.tune(SimpleNamespace(models=["toy"], tokens=[32], frozen=None))
+    _, _, _, candidates = next(tasks).args
+    operands = torch.zeros(4, 64), torch.zeros(9, 64), None
+    names = timing.OURS, "dZ of 2^27 bytes", "128x256x64, 8 warps, 3 stages, TMA", timing.OURS
+    for name in names:
+        candidates[name](*operands)
+    default = before[0](*operands[:2]), before[1]
+    tile = kernel.Tile(128, 256, 64, 8, 3, tma=True)
+    assert seen == [default, (default[0], 2**27), (tile, default[1]), default]
+    candidates[names[2]](*operands)
+    assert not list(tasks) and (kernel.tile_for, kernel.DZ_BYTES) == before
+
+
+def test_quartiles_and_relative_error():
     assert timing.quartiles([5.0, 1.0, 4.0, 2.0, 3.0]) == dict(q1=2.0, median=3.0, q3=4.0)
     assert timing.quartiles([1.0, 2.0]) == dict(q1=1.25, median=1.5, q3=1.75)
     assert timing.quartiles([7.0]) == dict(q1=7.0, median=7.0, q3=7.0)
-    assert timing.relative(torch.tensor([1.0, -3.0]), torch.tensor([1.0, -4.0])) == 0.25
+    assert timing.relative_error(torch.tensor([1.0, -3.0]), torch.tensor([1.0, -4.0])) == 0.25
 
 
-def test_fractions_ratios_order():
+def test_fractions_ratios_and_order():
     def row(seconds):
         return dict(call=dict(q1=seconds, median=seconds, q3=seconds))
     rows = {name: dict(candidate=name) for name in ("floor", "untimed", "slow", "ours")}
-    done = timing.compared(rows, {"floor": row(1.0), "slow": row(4.0), "ours": row(2.0)})
-    assert [r["candidate"] for r in done] == ["floor", "ours", "slow", "untimed"]
-    assert [r["fraction"]["call"] for r in done[:3]] == [1.0, 0.5, 0.25]
-    assert [r["ratio"]["call"] for r in done[:3]] == [0.5, 1.0, 2.0]
+    times = {"floor": row(1.0), "slow": row(4.0), "ours": row(2.0)}
+    found = timing.compare_rows(rows, times)
+    assert [r["candidate"] for r in found] == ["floor", "ours", "slow", "untimed"]
+    assert [r["fraction"]["call"] for r in found[:3]] == [1.0, 0.5, 0.25]
+    assert [r["ratio"]["call"] for r in found[:3]] == [0.5, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("argv, named", [
+@pytest.mark.parametrize("argv, message", [
     ("logprob --models nope", "'nope'"), ("logprob --rounds 0", "0"), ("logprob --tokens x", "x"),
     ("logprob --only nope", "nope"), ("tune", "CUDA"), ("nope", "'nope'"), ("", "command")])
-def test_bad_input(tmp_path, capsys, monkeypatch, argv, named):
+def test_bad_input(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     assert command.main(argv.split()) == 1
-    said = capsys.readouterr()
-    assert not said.out and said.err.count("\n") == 1 and named in said.err
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and message in err
 
 
 def test_out_is_a_file(tmp_path, capsys):

@@ -1,9 +1,9 @@
-"""Compiles every kernel for a GPU that is not there, exactly as the wrappers would launch it there.
+"""Compiles every kernel ahead of time, without a GPU, exactly as its wrapper would launch it.
 
-    python tests/kernels/aot.py 90        one JSON line per kernel: what it costs on sm_90
+    python tests/kernels/aot.py 90        one JSON line per kernel: its resources on sm_90
 
-A stand-in for the driver names the target, a launch only compiles, and ptxas and cuobjdump, which
-come with Triton, say what became of it. Values are checked elsewhere, by interpreter.
+A stub of the driver names the target, and a launch only compiles. ptxas and cuobjdump, which come
+with Triton, give the resources. Values are tested elsewhere, in the interpreter.
 """
 
 import json
@@ -27,8 +27,8 @@ from kernels import rationale_score, token_logprob
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-class Absent:
-    """As much of a driver as compiling asks for."""
+class StubDriver:
+    """The parts of a driver that compiling needs."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -43,9 +43,9 @@ class Absent:
         return 0
 
 
-def cost(compiled) -> dict:
-    """What ptxas made of a kernel: registers a thread, bytes of stack and shared memory, and how
-    often the instructions that matter occur."""
+def resources(compiled) -> dict:
+    """Resources of a compiled kernel: registers per thread, bytes of stack and shared memory, and
+    how often the instructions that matter occur."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
@@ -60,7 +60,7 @@ def cost(compiled) -> dict:
 
 
 def launches():
-    """Calls of the wrappers, each with a label: every way in which they launch a kernel."""
+    """Pairs of a label and a function that calls a wrapper: every way to launch each kernel."""
     for dtype, D, V in ((torch.bfloat16, 64, 1008), (torch.float16, 64, 1008),
                         (torch.bfloat16, 63, 1001), (torch.float32, 64, 1008)):
         h, W = (torch.zeros(n, D, dtype=dtype, requires_grad=True) for n in (300, V))
@@ -68,8 +68,8 @@ def launches():
         yield (dict(dtype=str(dtype).removeprefix("torch."), D=D),
                lambda: token_logprob.token_logprobs(h, W, targets, 0.7).sum().backward())
     for K in (2, 16, 100, 512):
-        start, logp, each = torch.arange(0, 3 * K, 3), torch.zeros(3 * K), torch.zeros(K)
-        for options in (dict(logp0=logp, penalty=each), dict(logp0=logp, bound="iwae"),
+        start, logp, penalty = torch.arange(0, 3 * K, 3), torch.zeros(3 * K), torch.zeros(K)
+        for options in (dict(logp0=logp, penalty=penalty), dict(logp0=logp, bound="iwae"),
                         dict(logp0=None, penalty=0.5, reward="prob")):
             yield (dict(K=K, given=", ".join(options)),
                    lambda: rationale_score.score_rationales(
@@ -78,13 +78,13 @@ def launches():
 
 
 def main(arch: int) -> None:
-    driver.set_active(Absent(arch))
+    driver.set_active(StubDriver(arch))
     run, label = JITFunction.run, {}
 
     def compile_only(kernel, *args, warmup, **options):
         compiled = run(kernel, *args, warmup=True, **options)
         print(json.dumps(dict(kernel=kernel.__name__, **label, triton=triton.__version__,
-                              warps=options.get("num_warps", 4), **cost(compiled))))
+                              warps=options.get("num_warps", 4), **resources(compiled))))
         return compiled
     JITFunction.run = compile_only
     for label, call in launches():
