@@ -1,26 +1,26 @@
 """Token log-probabilities without the [T, V] logits: log softmax(H W^T / temperature)[target].
 
-H (T, D) hidden states, W (V, D) the language model's head; nats. FLOPs: 2TDV a matrix product; one
-forward, three backward (the logits again, dH, dW), two where W or H is frozen. At T = 16384,
-D = 4096, V = 128256 a product is 17.2 TFLOP.
+H (T, D) are hidden states, W (V, D) is the language model's head; results are in nats. A matrix
+product takes 2TDV FLOPs, 17.2 TFLOP at T = 16384, D = 4096, V = 128256. The forward pass has one
+product; the backward pass has three (the logits again, dH, dW), or two if W or H is frozen.
 
 Forward: a tiled product. A tile's logits exist only in float32 registers. The tile stores one
-partial log-sum-exp per row, in [V / 256, T] float32 (33 MB there), and the target's logit if it
-lies in the tile. Nothing is added atomically, so two runs are bit-equal. The work after the product
-is the same for every D: per logit a maximum, an FMA, a power of 2 and a sum. Only tiles that
-contain targets look for them, and only the last tile masks the end of the vocabulary.
+partial log-sum-exp per row, in [V / 256, T] float32 (33 MB at that size), and the target's logit if
+it lies in the tile. There are no atomic additions, so two runs are bit-equal. The work after the
+product is the same for every D: per logit a maximum, an FMA, a power of 2 and a sum. Only tiles
+that contain targets look for them, and only the last tile masks the end of the vocabulary.
 
 Backward: a chunk of the *vocabulary* at a time. The same tile computes the same logits, bit for
 bit, as the forward pass, and ends with dZ = (onehot - p) g, formed in float32 and rounded once.
 Then cuBLAS computes dW[chunk] = dZ^T H at once and adds dZ W[chunk] to dH, which stays in float32.
-Chunks of tokens instead would read and write all of dW once per chunk.
-Beyond dH and dW: dZ of at most 268 MB, and 4TD bytes (268 MB there) for dH in float32.
+Chunks of tokens instead would read and write all of dW once per chunk. Memory beyond dH and dW: at
+most 268 MB for dZ, and 4TD bytes (268 MB at that size) for dH in float32.
 
 Why these tiles: 128 x 256 is the largest whose accumulator (128 registers a thread in 8 warps)
-leaves registers for the rest. The larger a tile, the less often H and W are read again: 2TDV
-(1/128 + 1/256) bytes in bfloat16 from L2. Programs run in groups of 16 row tiles, so the tiles
-that run at one time (16 x 8 on 132 multiprocessors) share 34 MB of H and W, which fits into L2. So
-W is read from DRAM once per 2048 rows of H, 8.5 GB in all; row-major order would read 67 GB. On
+leaves registers for the rest. The larger a tile, the less often H and W are read again: it takes
+2TDV (1/128 + 1/256) bytes in bfloat16 from L2. Programs run in groups of 16 row tiles. The tiles
+that run at one time (16 x 8 on 132 multiprocessors) then share 34 MB of H and W, which fit into L2,
+and W is read from DRAM once per 2048 rows of H, 8.5 GB in all. Row-major order would read 67 GB. On
 Hopper, TMA descriptors load the tiles, which frees the registers that pointers need.
 """
 
