@@ -45,8 +45,8 @@ from harness.answers import as_number, canonical, flexible, majority, same_answe
 from harness.checkpoint import append_jsonl, atomic_write, read_jsonl
 from harness.config import load_run_config
 from harness.data import TASKS, Example, encode, load_codec, read_rows
-from harness.distributed import (all_gather_list, compute_dtype, init_distributed, is_main_process,
-                                 local_slice, processes, unsharded)
+from harness.distributed import (all_gather_list, compute_dtype, exit_process, init_distributed,
+                                 is_main_process, local_slice, processes, unsharded)
 from harness.errors import UserError, run_cli, usage_error
 from harness.metrics import environment, records, summary
 from harness.model import load_model
@@ -168,7 +168,8 @@ def options(question: str) -> list[str]:
 def multi_sample_bound(samples: list[dict]) -> float:
     """log mean_k pi(y|x+z) pi_0(z|x) / pi(z|x), nats."""
     logs = np.array([s["logp_y"] - s["logp_z"] + s["logp0_z"] for s in samples])
-    return float(np.logaddexp.reduce(logs) - math.log(len(logs)))
+    with np.errstate(invalid="ignore"):  # inf - inf: `results` refuses it
+        return float(np.logaddexp.reduce(logs) - math.log(len(logs)))
 
 
 def follows(samples: list[dict], choices: list[str], numeric: bool) -> float | None:
@@ -369,4 +370,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -25,7 +25,6 @@ a rationale is and where it ends (2), the question tree (3), the ELBO (4), the s
 
 import dataclasses
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +40,11 @@ from harness.checkpoint import append_jsonl, init_run_dir, restore_checkpoint, s
 from harness.config import flag
 from harness.data import TASKS, Codec, Example, load_datasets
 from harness.distributed import (all_gather_list, assign_micro_batches, backward,
-                                 catch_stop_signals, compute_dtype, init_distributed,
-                                 is_main_process, local_slice, print0, processes, unsharded)
+                                 catch_stop_signals, compute_dtype, exit_process,
+                                 init_distributed, is_main_process, local_slice, print0, processes,
+                                 unsharded)
 from harness.errors import DIVERGENCE_HINT, UserError, run_cli, timed
-from harness.metrics import peak_memory, records, summary, throughput
+from harness.metrics import check_finite, peak_memory, records, summary, throughput
 from harness.model import load_config, load_model
 from harness.report import HEADLINES, before_and_after
 from kernels import token_logprobs
@@ -486,15 +486,6 @@ def propose_rationales(policy, codec: Codec, examples: list[Example], step: int,
         return all_gather_list(rollout(policy, codec, mine, question_ids, step, args, args.K))
 
 
-def check_finite(examples: list[Example], rows: list[list[dict]], step: int, args: Args) -> None:
-    """Raises UserError, on every rank, where a log-prob is not finite, and names the questions."""
-    bad = [example.place for example, group in zip(examples, rows)
-           if not all(math.isfinite(row["logp_z"] + row["logp_y"]) for row in group)]
-    if bad:
-        raise UserError(f"update {step + 1}: log-probs are not finite for {', '.join(bad[:5])};"
-                        f" {args.out} keeps its last state; {DIVERGENCE_HINT}")
-
-
 def load_policies(args: Args, device: torch.device) -> tuple:
     """The policy in float32, and pi_0: the same weights, frozen, in the dtype that computes. None
     where no KL needs it."""
@@ -544,7 +535,7 @@ def train(args: Args) -> None:
             rows += zip(indices, records(codec, batch, group, logp.detach(), scores))
 
         rows = [row for _, row in sorted(all_gather_list(rows), key=lambda pair: pair[0])]
-        check_finite(examples, rows, step, args)
+        check_finite(examples, rows, step, args.out)
         with timed(seconds, "step"):
             grad_norm, lr = optimizer_step(policy, optimizer, step, args)
 
@@ -587,4 +578,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

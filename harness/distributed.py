@@ -6,6 +6,7 @@ or over groups of --shard of them.
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -151,3 +152,15 @@ def catch_stop_signals() -> list[int]:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, receive)
     return received
+
+
+def exit_process(code: int) -> None:
+    """Ends the program. One of several processes skips the interpreter's shutdown.
+
+    gloo's threads outlive the process group if FSDP was used. If one of them drops the last
+    reference to a tensor during the shutdown, Python before 3.14 aborts the process."""
+    if processes() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

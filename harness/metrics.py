@@ -1,5 +1,6 @@
 """What is logged: a record per rationale, means over rationales, time, memory, versions."""
 
+import math
 import os
 import resource
 import subprocess
@@ -14,6 +15,7 @@ from torch import Tensor
 from kernels.reference import Scores
 
 from .answers import flexible
+from .errors import DIVERGENCE_HINT, UserError
 
 
 def records(codec, examples: list, groups: list[list], logp: Tensor,
@@ -62,6 +64,15 @@ def summary(questions: list[list[dict]]) -> dict:
                 reward_right=float(np.mean(correlations)) if correlations else None,
                 unique=float(np.mean([len({s["z"] for s in q}) / len(q) for q in questions])),
                 entropy=-mean("logp_z") / (mean("actions") or 1))
+
+
+def check_finite(examples: list, rows: list[list[dict]], step: int, out: str) -> None:
+    """Raises UserError, on every rank, where a log-prob is not finite, and names the questions."""
+    bad = [example.place for example, group in zip(examples, rows)
+           if not all(math.isfinite(row["logp_z"] + row["logp_y"]) for row in group)]
+    if bad:
+        raise UserError(f"update {step + 1}: log-probs are not finite for {', '.join(bad[:5])};"
+                        f" {out} keeps its last state; {DIVERGENCE_HINT}")
 
 
 def throughput(questions: list[list[dict]], seconds: dict[str, float]) -> dict:
