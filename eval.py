@@ -9,8 +9,9 @@ numbers. Those depend on (--seed, question) only, so neither --batch nor the num
 changes a sample. Each question is written to --out when it is done; an interrupted evaluation
 continues from there.
 
-greedy, T = 1  accuracy of the greedy reply, and of one of k samples: strict, the answer after the
-               template; loose: or the last number, or the last option (harness/answers.py)
+greedy, T = 1  accuracy of the greedy reply, and of one of k samples at --temperature 1: strict, the
+               answer after the template; loose: or the last number, or the last option
+               (harness/answers.py)
 maj@k, pass@k  accuracy of the most frequent answer, the first of a tie; of any of them
 log p(y|x)     of the gold answer after the template, nats: without a rationale, with the data's
                own (gold), with that of another question, with a sampled one (z)
@@ -32,7 +33,9 @@ import math
 import shlex
 import shutil
 import sys
+from datetime import date
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +44,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import latro  # before transformers: see there
-from harness.answers import as_number, canonical, flexible, majority, same_answer
+from harness.answers import RULES, as_number, canonical, flexible, majority, same_answer
 from harness.checkpoint import append_jsonl, atomic_write, read_jsonl
+from harness.codec import Example, load_codec
 from harness.config import load_run_config
-from harness.data import TASKS, Example, encode, load_codec, read_rows
+from harness.data import TASKS, encode, read_rows
 from harness.distributed import (all_gather_list, compute_dtype, exit_process, init_distributed,
                                  is_main_process, local_slice, processes, unsharded)
 from harness.errors import UserError, run_cli, usage_error
@@ -53,6 +57,7 @@ from harness.model import load_model
 from harness.report import (PARTS, content, markdown, most_informative_first, outcomes, page, show,
                             table, verdict, write_page)
 from harness.statistics import band, estimates, majority_curve, mcnemar, pass_at_k
+from transformers import AutoConfig
 
 SAVED = "task", "data", "L", "seed"  # flags of latro.py whose defaults are the checkpoint's values
 LOGGED = "elbo", "logp_y", "greedy", "sampled", "z_len", "kl"  # in curves.png
@@ -60,12 +65,13 @@ CONTEXTS = "direct", "sampled", "given", "other"  # what precedes y in likelihoo
 
 
 # ------------------------------------------------------------------------------ 1. arguments
-def at_least(least: int):
-    """The type of a flag: a whole number, not below `least`."""
-    def number(text: str) -> int:
-        if int(text) < least:
+def at_least(least: float):
+    """The type of a flag: a finite number, whole if `least` is, not below it."""
+    def number(text: str) -> float:
+        value = type(least)(text)
+        if not least <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
-        return int(text)
+        return value
     return number
 
 
@@ -81,6 +87,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--split", default="test", help="(default: test)")
     add("--k", type=at_least(2), default=8, help="samples per question (default: 8)")
     add("--L", type=at_least(1), help="longest rationale, tokens (default: that of --ckpt)")
+    add("--temperature", type=at_least(1e-3), default=1.0, help="of the samples (default: 1.0)")
     add("--questions", type=at_least(0), default=0, help="the first N; 0: all (default: 0)")
     add("--batch", type=at_least(1), default=16, help="questions at a time (default: 16)")
     add("--seed", type=at_least(0), default=0, help="of the samples (default: 0)")
@@ -102,7 +109,9 @@ def settings(flags: argparse.Namespace) -> latro.Args:
     given = {k: v for k, v in vars(flags).items() if k in SAVED and v is not None}
     own = dict(questions=3 * processes()) | saved["args"] | given | dict(
         model=flags.base or saved["base"], out=flags.out or str(first / "eval"),
-        credit="answer", bound="elbo", reward="logp", truncation_penalty=0.0, checkpointing=False)
+        temperature=flags.temperature, credit="answer", bound="elbo", reward="logp",
+        truncation_penalty=0.0, checkpointing=False)
+    own["date"] = own.get("date") or date.today().isoformat()
     needed = dict(task="task", data="data", base="model")
     if missing := [f"--{flag}" for flag, k in needed.items() if not own.get(k)]:
         raise UserError(f"--ckpt {first} has no latro.json that says so: give {', '.join(missing)}")
@@ -111,9 +120,21 @@ def settings(flags: argparse.Namespace) -> latro.Args:
 
 # ------------------------------------------------------------------------------ 2. replies
 def fingerprint(model: str) -> list:
-    """Tells one state of a model directory from another."""
-    files = sorted(Path(model).glob("*.safetensors"))
+    """Tells one state of a model from another: its files, or its revision on the hub."""
+    if not Path(model).is_dir():
+        return [AutoConfig.from_pretrained(model)._commit_hash]
+    files = sorted(f for f in Path(model).iterdir() if f.suffix in (".safetensors", ".json"))
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def cache_key(model: str, codec, examples: list[Example], args: latro.Args,
+              flags: argparse.Namespace) -> dict:
+    """All that a row's records depend on. `asked` is a digest of prompts, answers and stops."""
+    asked = repr([examples, codec.eos, codec.template_at_start, codec.template_after_z])
+    return dict(model=model, weights=fingerprint(model), base=args.model,
+                base_weights=fingerprint(args.model), data=args.data, split=flags.split, k=flags.k,
+                L=args.L, seed=args.seed, temperature=args.temperature, rules=RULES,
+                questions=len(examples), asked=sha256(asked.encode()).hexdigest())
 
 
 @torch.no_grad()
@@ -137,8 +158,7 @@ def replies(name: str, model: str, load, reference, codec, examples: list[Exampl
             args: latro.Args, flags: argparse.Namespace) -> list[dict]:
     """A record for each question, also in {out}/{name}.jsonl. What is there already is kept."""
     path = Path(args.out, f"{name}.jsonl")
-    head = dict(model=model, weights=fingerprint(model), split=flags.split, k=flags.k, L=args.L,
-                seed=args.seed, data=args.data, questions=len(examples))
+    head = cache_key(model, codec, examples, args, flags)
     known = read_jsonl(path) if path.exists() else []
     done = known[1:] if known[:1] == [head] else []
     dist.barrier()  # all have read before the first one writes
@@ -160,11 +180,6 @@ def replies(name: str, model: str, load, reference, codec, examples: list[Exampl
 
 
 # ------------------------------------------------------------------------------ 3. the table
-def options(question: str) -> list[str]:
-    """What ARC-Challenge offers, one per line."""
-    return [line[2:] for line in question.split("\n") if line.startswith("- ")]
-
-
 def multi_sample_bound(samples: list[dict]) -> float:
     """log mean_k pi(y|x+z) pi_0(z|x) / pi(z|x), nats."""
     logs = np.array([s["logp_y"] - s["logp_z"] + s["logp0_z"] for s in samples])
@@ -181,7 +196,7 @@ def follows(samples: list[dict], choices: list[str], numeric: bool) -> float | N
 
 def columns(row: dict) -> dict[str, float | None]:
     """What one question says of a model, by column of report.TABLES. None: nothing."""
-    samples, gold, choices = row["samples"], row["gold"], options(row["question"])
+    samples, gold, choices = row["samples"], row["gold"], row["options"]
     numeric = as_number(gold) is not None
     voted = majority([s["said"] for s in samples], numeric)
     right, known = [s["right"] for s in samples], summary([samples])
@@ -190,7 +205,7 @@ def columns(row: dict) -> dict[str, float | None]:
         return row[context]["answer"] + row[context]["end"] if context in row else None
     return {
         "greedy": row["right"], "loose": flexible(row["text"], gold, choices),
-        "T = 1": float(np.mean(right)), "maj@k": same_answer(voted, gold), "pass@k": any(right),
+        "sampled": float(np.mean(right)), "maj@k": same_answer(voted, gold), "pass@k": any(right),
         "log p(y|x)": answer_after("direct"), "log p(y|x+gold)": answer_after("given"),
         "log p(y|x+other)": answer_after("other"), "log p(y|x+z)": known["logp_y"],
         "ELBO": known["elbo"], "bound": multi_sample_bound(samples),
@@ -316,11 +331,11 @@ def models_by_row(flags: argparse.Namespace, base: str) -> dict[str, str]:
 def grade(flags: argparse.Namespace, args: latro.Args) -> dict[str, list[dict]]:
     """The records of every row."""
     models, device = models_by_row(flags, args.model), init_distributed(args.timeout)
-    codec, context = load_codec(args)
+    codec = load_codec(args)
     questions = read_rows(args, flags.split)[:flags.questions or None]
     if not questions:
         raise UserError(f"--data {args.data}: no {flags.split} split; see --split")
-    examples = encode(codec, context, questions, args)
+    examples = encode(codec, questions, args)
 
     def load(model: str):
         return load_model(dataclasses.replace(args, model=model), device, compute_dtype(device),
@@ -336,13 +351,13 @@ def publish(rows: dict[str, list[dict]], flags: argparse.Namespace, args: latro.
     """Prints the table; writes eval.json with every reply, eval.md, and what the flags ask for."""
     found, out = results(rows), Path(args.out)
     print(f"\n{len(rows['base'])} questions of {args.data}, {flags.split}\n")
-    print(table(found, flags.k), end="\n\n")
+    print(table(found, flags.k, flags.temperature), end="\n\n")
     print(*(verdict(name, "base", found[name]) for name in [*rows][1:]), sep="\n")
     record = environment(processes()) | dict(
         command=command, models=models_by_row(flags, args.model),
         settings=dataclasses.asdict(args), results=found, rows=rows)
     atomic_write(out / "eval.json", json.dumps(record))
-    atomic_write(out / "eval.md", markdown(found, flags.k))
+    atomic_write(out / "eval.md", markdown(found, flags.k, flags.temperature))
     if figures:
         numbers = figure_numbers(rows, flags.ckpt, args)
         atomic_write(out / "figures.json", json.dumps(numbers))
@@ -351,7 +366,7 @@ def publish(rows: dict[str, list[dict]], flags: argparse.Namespace, args: latro.
     for i in most_informative_first(outcome)[:flags.show]:
         print(show(rows, i, outcome[i], width))
     if flags.report:
-        write_page(flags.report, page(content(command, rows, found, flags.k)))
+        write_page(flags.report, page(content(command, rows, found, flags.k, flags.temperature)))
 
 
 def run(argv: list[str]) -> None:

@@ -25,6 +25,7 @@ a rationale is and where it ends (2), the question tree (3), the ELBO (4), the s
 
 import dataclasses
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +38,9 @@ import kernels  # before transformers: see there
 from harness import config, memory
 from harness.answers import answer_in, same_answer
 from harness.checkpoint import append_jsonl, init_run_dir, restore_checkpoint, save_checkpoint
+from harness.codec import Codec, Example
 from harness.config import flag
-from harness.data import TASKS, Codec, Example, load_datasets
+from harness.data import TASKS, load_datasets
 from harness.distributed import (all_gather_list, assign_micro_batches, backward,
                                  catch_stop_signals, compute_dtype, exit_process,
                                  init_distributed, is_main_process, local_slice, print0, processes,
@@ -53,6 +55,7 @@ from kernels.decode import CUDAGraphRunner, Decoder, DecodeState, compact
 from kernels.reference import Scores, inverse_cdf_sample
 
 HERE = Path(__file__).resolve().parent
+SAMPLES, ORDER = 0, 1  # what random numbers are for: no two uses share a stream
 
 
 # ------------------------------------------------------------------------------ 1. settings
@@ -63,6 +66,7 @@ class Args:
     model: str = flag(None, "hub id or directory; the toy ships with this file")
     task: str = flag(None, "kind of question", (*TASKS,))
     data: str = flag(None, "directory with train.jsonl and test.jsonl, or a hub id")
+    date: str = flag(None, "day that a chat template prints (default: today)")
     out: str = flag("out", "directory of the run: a Hugging Face model, logs, state")
     # Objective.
     objective: str = flag("latro", "sft: log pi(y|x), with gold z if any", ("latro", "sft"))
@@ -83,7 +87,7 @@ class Args:
     epochs: float = flag(6.0, "passes over the training questions (or give --steps)", least=1e-9)
     lr: float = flag(5e-7, "peak learning rate of AdamW, falling linearly to 0", least=0)
     warmup: int = flag(0, "updates over which the learning rate rises", least=0)
-    grad_clip: float = flag(1.0, "largest gradient norm", least=0)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", least=0)
     # Evaluation and saving.
     eval_every: int = flag(100, "updates between evaluations; 0: first and last only", least=0)
     eval_questions: int = flag(200, "held-out questions of an evaluation", least=1)
@@ -112,7 +116,7 @@ PRESETS = {  # where a task differs from the paper's GSM8K run, which the defaul
 class StopCriteria(NamedTuple):
     """Where a rationale ends: at the template ("The answer is"), at EOS, or after L tokens."""
 
-    templates: list[Tensor]  # the template's token ids, in every form the tokenizer gives it
+    stops: Tensor  # (n + 1, V): what a token adds to the template's n characters; see stop_table
     eos: Tensor  # ids that end a reply
     L: int
     max_answer_tokens: int  # decoded after the template, to read the policy's own answer; 0: none
@@ -121,10 +125,12 @@ class StopCriteria(NamedTuple):
         """Notes which running rows end with their last token. Device work only: no row waits."""
         row, token, drawn = state.row, state.token, state.drawn
         is_eos = (token[:, None] == self.eos).any(1)
-        reason = -is_eos.long()  # -1: EOS; n: a template of n tokens; 0: none
-        for template in self.templates:
-            matches = (state.last[:, -len(template):] == template).all(1)
-            reason = reason.masked_fill(matches, len(template))
+        matched = self.stops[state.matched, token].long()  # of its characters; < 0: begins here
+        state.template_tokens.add_(1).masked_fill_(matched < 0, 1)
+        state.matched.copy_(matched.abs())
+        is_template = state.matched == len(self.stops) - 1
+        # -1: EOS; n: a template of n tokens; 0: none.
+        reason = state.template_tokens.where(is_template, -is_eos.long())
         ended = state.running & (state.end[row] == 0) & ((reason != 0) | (drawn == self.L))
         state.end[row] = drawn.where(ended, state.end[row])
         state.stop_reason[row] = reason.where(ended, state.stop_reason[row])
@@ -135,19 +141,19 @@ class StopCriteria(NamedTuple):
 
 
 @torch.no_grad()
-def sample_rationales(policy, prompts: list[list[int]], stops: list[list[int]], eos: list[int],
-                      K: int, L: int, uniform: Tensor | None, temperature: float = 1.0,
+def sample_rationales(policy, prompts: list[list[int]], stops: Tensor, eos: list[int], K: int,
+                      L: int, uniform: Tensor | None, temperature: float = 1.0,
                       max_answer_tokens: int = 0) -> list[tuple[list[int], int, int]]:
     """K continuations of each of B prompts: z ~ pi(.|x).
 
     uniform (B K, L + max_answer_tokens) in [0, 1) drives the samples; None decodes greedily.
-    `stops` are the forms of the template. Returns for each rationale its ids, how many of them are
-    z and what ended it, and what did: n for a template of n tokens, 0 for L, -1 for EOS."""
+    `stops` recognises the template. Returns for each rationale its ids, how many of them are z and
+    what ended it, and what did: n for a template of n tokens, 0 for L, -1 for EOS."""
     device, max_tokens = policy.device, L + max_answer_tokens
     uniform = None if uniform is None else uniform.to(device)
-    eos, *templates = (torch.tensor(ids, device=device) for ids in (eos, *stops))
-    criteria = StopCriteria(templates, eos, L, max_answer_tokens)
-    state = DecodeState(len(prompts) * K, max_tokens, max(map(len, [eos, *templates])), device)
+    criteria = StopCriteria(stops.to(device), torch.tensor(eos, device=device), L,
+                            max_answer_tokens)
+    state = DecodeState(len(prompts) * K, max_tokens, device)
     decoder = Decoder(policy, prompts, K, max_tokens)
 
     def draw(logits: Tensor) -> None:
@@ -211,7 +217,7 @@ def gold_rationale(codec, z: list[int], answer: list[int]) -> Rationale:
 
 def rng_stream(seed: int, step: int, question_id: int) -> np.random.Generator:
     """The random numbers of one question in one update (step 0: evaluation)."""
-    return np.random.default_rng((seed, step, question_id))
+    return np.random.default_rng((seed, step, question_id, SAMPLES))
 
 
 def rollout(policy, codec: Codec, examples: list[Example], question_ids: list[int], step: int,
@@ -402,7 +408,7 @@ def score(policy, reference, examples: list[Example], groups: list[list[Rational
 def optimizer_step(policy, optimizer, step: int, args: Args) -> tuple[float, float]:
     """One step of AdamW on clipped gradients. Returns the norm before clipping, and the learning
     rate: a linear rise over --warmup updates, then a linear fall to 0."""
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip or math.inf)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not math.isfinite(norm):
         raise UserError(f"update {step + 1}: the gradient is {norm}; {args.out} keeps its last"
@@ -437,8 +443,10 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
         return dict(text=text, said=said, right=same_answer(said, example.gold),
                     actions=len(rationale.actions))
 
+    batches = tqdm(range(0, len(mine), batch_size), desc="evaluation", leave=False,
+                   disable=not is_main_process() or len(mine) <= batch_size)
     with unsharded(policy, reference):
-        for start in range(0, len(mine), batch_size):
+        for start in batches:
             question_ids, batch = zip(*mine[start:start + batch_size])
             settings = policy, codec, batch, question_ids, 0, args
             best = rollout(*settings, 1, max_answer_tokens, greedy=True)
@@ -448,7 +456,8 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
                 [rows] = records(codec, [example], [group], *scored)
                 samples = [row | reply(example, one) for row, one in zip(rows, group)]
                 done.append(dict(question=example.question, gold=example.gold,
-                                 **reply(example, greedy), samples=samples))
+                                 options=example.options, **reply(example, greedy),
+                                 samples=samples))
     return all_gather_list(done)
 
 
@@ -471,9 +480,14 @@ def draw_batch(train_set: list[Example], step: int, args: Args) -> list[Example]
     """The questions of an update, the same on every rank. Each epoch has its own order."""
     size, first = len(train_set), step * args.questions
     places = [divmod(first + i, size) for i in range(args.questions)]  # (epoch, place in it)
-    order = {epoch: np.random.default_rng((args.seed, epoch)).permutation(size)
+    order = {epoch: np.random.default_rng((args.seed, epoch, 0, ORDER)).permutation(size)
              for epoch, _ in places}
     return [train_set[order[epoch][place]] for epoch, place in places]
+
+
+def epochs_to_steps(epochs: float, size: int, questions: int) -> int:
+    """Updates that visit `size` questions so many times. Exact: 0.1 is a tenth."""
+    return math.ceil(Fraction(str(epochs)) * size / questions)
 
 
 def propose_rationales(policy, codec: Codec, examples: list[Example], step: int,
@@ -504,7 +518,7 @@ def train(args: Args) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     init_run_dir(args)
     start, epoch = restore_checkpoint(args, policy, optimizer), args.questions / len(train_set)
-    args.steps = args.steps or math.ceil(args.epochs / epoch)
+    args.steps = args.steps or epochs_to_steps(args.epochs, len(train_set), args.questions)
     print0(f"{args.steps} updates of {args.questions} questions = {args.steps * epoch:.3g} epochs")
     if start == 0:
         evaluate_and_log(0, policy, reference, codec, held_out, args)

@@ -243,9 +243,10 @@ class Ours(Loop):
         """Always draws by work.uniform: it forces the lengths."""
         w = self.work
         w.set_attention("latro")
+        no_template = torch.zeros(2, w.eos + 1, dtype=torch.int8)
         with distributed.unsharded(w.policy):
-            sampled = sample_rationales(w.policy, [example.x for example in w.batch], [], [w.eos],
-                                        w.args.K, w.args.L, w.uniform)
+            sampled = sample_rationales(w.policy, [example.x for example in w.batch], no_template,
+                                        [w.eos], w.args.K, w.args.L, w.uniform)
             return [ids for ids, *_ in sampled]
 
     def add_gradient(self, groups: list[list[Rationale]]) -> None:

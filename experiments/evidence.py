@@ -58,8 +58,9 @@ ARMS = {
     "LaTRO, second base": Arm(3, base=SECOND),
     "SFT, second base": Arm(1, f"{SFT} --warmup 5", base=SECOND),
 }
-TABLES = {  # columns of eval.py
-    "evidence": ("greedy", "T = 1", "maj@k", "log p(y|x)", "log p(y|x+z)", "ELBO", "z"),
+HEADS = {"sampled": "T = 1", "maj@k": "maj@8"}  # of columns of eval.py
+TABLES = {
+    "evidence": ("greedy", "sampled", "maj@k", "log p(y|x)", "log p(y|x+z)", "ELBO", "z"),
     "diagnostics": ("template", "answer", "end", "ends", "reaches", "follows", "r ~ right",
                     "entropy", "unique")}
 FIGURES = dict(k=32, questions=300, ckpt=["LaTRO", "L 28"], sft="SFT, 19 epochs")
@@ -138,7 +139,7 @@ def table_row(name: str, columns: tuple[str, ...], seeds: list[dict]) -> str:
 def table(columns: tuple[str, ...], arms: dict[str, Arm], graded: dict[Path, dict],
           runs: Path) -> str:
     """A table in Markdown, one row per arm. graded: eval.json by base."""
-    heads = ["", "seeds", *(c.replace("@k", "@8").replace("|", "\\|") for c in columns)]
+    heads = ["", "seeds", *(HEADS.get(c, c).replace("|", "\\|") for c in columns)]
     text = f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n"
     for base, evaluation in graded.items():
         results = evaluation["results"]

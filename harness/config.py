@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+from datetime import date
 from pathlib import Path
 
 from .distributed import processes, restart_count
@@ -86,7 +87,9 @@ def parse_args(cls, argv: list[str] | None, presets: dict[str, dict]):
         if changed:
             raise UserError(f"--resume: {out} began with other flags: {'; '.join(changed)};"
                             " leave them out, or start a new run with another --out")
-    return check_args(cls(**settings | given))
+    args = cls(**settings | given)
+    args.date = args.date or date.today().isoformat()
+    return check_args(args)
 
 
 def check_args(args):
@@ -105,6 +108,10 @@ def check_args(args):
         raise UserError("--bound iwae averages probabilities already: use it with --reward logp")
     if not args.plan:
         check_out(Path(args.out), args.resume)
+    try:
+        date.fromisoformat(args.date)
+    except ValueError as e:
+        raise UserError(f"--date {args.date}: must be a day such as 2026-11-26") from e
     ranks = args.plan or processes()
     if args.questions % ranks or args.shard and ranks % args.shard:
         raise UserError(f"{ranks} processes: --questions {args.questions} must be a multiple of"

@@ -1,4 +1,4 @@
-"""What a data set asks: rows -> questions, gold answers and gold rationales, as text and token ids.
+"""What a data set asks: rows -> questions, gold answers and gold rationales.
 
 GSM8K {question, answer: "... #### N"} and ARC-Challenge {question, choices: {text, label},
 answerKey} are as on the hub. Any other JSONL has {question, answer} and perhaps a rationale.
@@ -9,31 +9,35 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import transformers
-
-from kernels.attention import max_context
-
-from .answers import TEMPLATE
+from .codec import Codec, Example, load_codec
+from .distributed import all_gather_list, print0
 from .errors import UserError, short_error
-from .model import load_config
 
 
 # ------------------------------------------------------------------------------ rows
-def gsm8k(row: dict) -> tuple[str, str, str]:
-    """(question, gold answer, gold rationale) of a row, as the other tasks below."""
+class Row(NamedTuple):
+    """A row of a data set, as text."""
+
+    question: str
+    gold: str
+    rationale: str = ""  # "" without one
+    options: tuple[str, ...] = ()  # that the question offers
+
+
+def gsm8k(row: dict) -> Row:
     steps, gold = row["answer"].rsplit("####", 1)
-    return f"{row['question']} Let's think step by step.", gold, re.sub("<<.*?>>", "", steps)
+    return Row(f"{row['question']} Let's think step by step.", gold,
+               re.sub("<<.*?>>", "", steps))
 
 
-def arc_challenge(row: dict) -> tuple[str, str, str]:
+def arc_challenge(row: dict) -> Row:
     options = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
     lines = [row["question"], *(f"- {o}" for o in options.values()), "Let's think step by step."]
-    return "\n".join(lines), options[row["answerKey"]], ""
+    return Row("\n".join(lines), options[row["answerKey"]], "", (*options.values(),))
 
 
-def qa(row: dict) -> tuple[str, str, str]:
-    return row["question"], row["answer"], row.get("rationale", "")
+def qa(row: dict) -> Row:
+    return Row(row["question"], row["answer"], row.get("rationale", ""))
 
 
 TASKS = {"gsm8k": gsm8k, "arc_challenge": arc_challenge, "toy": qa, "qa": qa}
@@ -67,7 +71,8 @@ def check_unique(rows: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
     """The rows. Raises UserError where two have the same "id": a file was included twice."""
     first_place = {}
     for place, row in rows:
-        name = repr(row["id"]) if isinstance(row, dict) and "id" in row else place
+        known = isinstance(row, dict) and row.get("id") is not None
+        name = repr(row["id"]) if known else place
         first = first_place.setdefault(name, place)
         if first != place:
             raise UserError(f"{place}: the id {name} is that of {first} too; leave one of them out")
@@ -75,112 +80,47 @@ def check_unique(rows: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
 
 
 # ------------------------------------------------------------------------------ token ids
-class Example(NamedTuple):
-    """A row of a data set, as text and as token ids."""
-
-    question: str
-    gold: str  # the answer as text
-    x: list[int]  # the prompt
-    answer: list[int]  # what follows the template: " 18." and the end of the turn
-    z: list[int]  # the gold rationale; [] without one
-    place: str = ""  # file and line
-
-
-class Codec:
-    """Text to token ids, once: nothing that was sampled is decoded and tokenised again.
-
-    The template is "The answer is": as ids, it is `template_at_start` at the start of a reply and
-    `template_after_z` after a rationale; `stops` are all forms of it that end a rationale."""
-
-    def __init__(self, tokenizer, task: str, eos: list[int]):
-        self.tokenizer, self.task, self.eos = tokenizer, task, eos
-        self.chat = bool(tokenizer.chat_template)
-        reply = self.turns("a", "b")[len(self.turns("a")):] if self.chat else []
-        self.turn_end = next((t for t in reply if t in eos), eos[0])
-        self.template_at_start = self.opening(TEMPLATE)
-        self.template_after_z = self.after(".", " " + TEMPLATE)
-        if not (self.template_at_start and self.template_after_z):
-            raise UserError(f"this tokenizer does not keep {TEMPLATE!r} apart from what precedes"
-                            " it")
-        found = [self.after(end, gap + TEMPLATE) for end in ".\n" for gap in ("", " ", "\n")]
-        forms = {(*v,) for v in found + [self.template_at_start]
-                 if v and tokenizer.unk_token_id not in v}
-        self.stops = sorted(v for v in forms if not any(v != w == v[-len(w):] for w in forms))
-
-    def after(self, before: str, text: str) -> list[int]:
-        """The ids of `text` after `before`; [] where a token would span both."""
-        head, whole = (self.tokenizer(t, add_special_tokens=False)["input_ids"]
-                       for t in (before, before + text))
-        return whole[len(head):] if whole[:len(head)] == head else []
-
-    def opening(self, text: str) -> list[int]:
-        """The ids of `text` at the start of a reply."""
-        return self.after("", text) if self.chat else self.after(":", " " + text)
-
-    def turns(self, *contents: str) -> list[int]:
-        """The ids of a conversation: a question, and perhaps its reply, in the chat template."""
-        chat = [dict(role=role, content=c) for role, c in zip(("user", "assistant"), contents)]
-        try:
-            return self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=len(chat) == 1, return_dict=True)["input_ids"]
-        except Exception as e:  # a template is a program
-            raise UserError(f"this model's chat template fails ({short_error(e)}); mend it") from e
-
-    def example(self, place: str, row: dict) -> Example:
-        """A row as an Example. Raises UserError, naming the row, where a field is missing or the
-        answer is empty."""
-        try:
-            question, gold, z = (text.strip() for text in TASKS[self.task](row))
-            (question + gold + z).encode()  # half a surrogate pair is JSON, but not text
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise UserError(f"{place}: not a row of --task {self.task} ({short_error(e)})") from e
-        if not gold or not self.after(TEMPLATE, f" {gold}"):
-            raise UserError(f"{place}: the answer {gold!r} tokenises to nothing; mend the row")
-        plain = f"Question: {question}\nAnswer:"
-        x = self.turns(question) if self.chat else self.tokenizer(plain)["input_ids"]
-        answer = [*self.after(TEMPLATE, f" {gold.removesuffix('.')}."), self.turn_end]
-        return Example(question, gold, x, answer, self.opening(z) if z else [], place)
-
-    def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def load_codec(args) -> tuple[Codec, int]:
-    """The codec of --model, and how many tokens the model's context holds."""
-    config, tokenizer = load_config(args)
+def parse_row(place: str, row: dict, task: str) -> Row:
+    """A line of a data set as a Row. Raises UserError, naming it, where a field is missing."""
     try:
-        eos = transformers.GenerationConfig.from_pretrained(args.model).eos_token_id
-    except OSError:
-        eos = config.eos_token_id
-    eos = [t for t in (*np.atleast_1d(eos).tolist(), tokenizer.eos_token_id) if t is not None]
-    if not eos:
-        raise UserError(f"--model {args.model}: no EOS in its configuration or tokenizer; set one")
-    return Codec(tokenizer, args.task, [*dict.fromkeys(eos)]), max_context(config)
+        question, gold, rationale, options = TASKS[task](row)
+        texts = [text.strip() for text in (question, gold, rationale)]
+        "".join(texts).encode()  # half a surrogate pair is JSON, but not text
+        return Row(*texts, options)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{place}: not a row of --task {task} ({short_error(e)})") from e
 
 
-def encode(codec: Codec, context: int, rows: list[tuple[str, dict]], args) -> list[Example]:
-    """Rows as token ids. Raises UserError for a row that `context` tokens cannot hold."""
-    examples = [codec.example(*row) for row in rows]
+def encode(codec: Codec, rows: list[tuple[str, dict]], args) -> list[Example]:
+    """Rows as token ids. Raises UserError for a row that the model's context cannot hold."""
+    examples = [codec.example(place, parse_row(place, row, args.task)) for place, row in rows]
+    context, reason = codec.context
     for e in examples:
         needed = len(e.x) + max(args.L, len(e.z)) + len(codec.template_after_z + e.answer)
         if needed > context:
             raise UserError(f"{e.place}: {len(e.x)} tokens of prompt, --L {args.L} and an answer"
-                            f" exceed the model's context of {context}; lower --L or drop the row")
+                            f" exceed {reason}; lower --L or drop the row")
     return examples
 
 
 def load_datasets(args) -> tuple[Codec, list[Example], list[Example]]:
     """(codec, training questions, held-out questions). Checks everything that needs no weights.
 
-    Without a validation split the last sixteenth of train is held out. The test split is never
-    read: whoever looks at it while training selects by it."""
-    codec, context = load_codec(args)
+    Without a validation split the last sixteenth of train is held out. A training row that asks a
+    held-out question is left out. The test split is never read: whoever looks at it while training
+    selects by it."""
+    args.date, *_ = all_gather_list([args.date])  # the same prompts on every rank at midnight too
+    codec = load_codec(args)
     rows, held_out = read_rows(args, "train"), read_rows(args, "validation")
     if not held_out:
         n = max(1, len(rows) // 16)
         rows, held_out = rows[:-n], rows[-n:]
-    if not rows:
-        raise UserError(f"--data {args.data}: needs a train split of 2 rows or more")
-    train_set, held_out = (encode(codec, context, r, args)
-                           for r in (rows, held_out[:args.eval_questions]))
-    return codec, train_set, held_out
+    train_set, held_out = (encode(codec, r, args) for r in (rows, held_out[:args.eval_questions]))
+    known = {example.question for example in held_out}
+    unseen = [example for example in train_set if example.question not in known]
+    if not unseen:
+        raise UserError(f"--data {args.data}: needs a train split of 2 rows or more that are not"
+                        " held out")
+    if len(unseen) < len(train_set):
+        print0(f"{len(train_set) - len(unseen)} training rows ask a held-out question: left out")
+    return codec, unseen, held_out

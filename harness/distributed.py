@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.rendezvous import rendezvous
 
-from .errors import printable
+from .errors import UserError, printable
+
+
+def check_launch() -> None:
+    """Raises UserError for an environment that names a process, but not where to meet the others."""
+    needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    missing = [name for name in needed if name not in os.environ]
+    if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
+        raise UserError(f"the environment sets {' and '.join(sorted({*needed[:2]} - {*missing}))}"
+                        f" but not {' and '.join(missing)}: start several processes with torchrun,"
+                        " or unset what is set")
 
 
 def processes() -> int:

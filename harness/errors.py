@@ -1,5 +1,6 @@
 """Errors: one sentence on stderr that says what is wrong and what to do, and exit code 1."""
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -73,8 +74,11 @@ def run_cli(program: str, work: Callable[[], None], lower: str, kept: str) -> in
     `lower` names the flags to lower when memory runs out, `kept` says what an error has not cost.
     An unexpected RuntimeError is a bug and keeps its traceback."""
     from .checkpoint import release_lock
-    from .distributed import is_main_process
+    from .distributed import check_launch, is_main_process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
     try:
+        check_launch()
         work()
         return 0
     except UserError as e:

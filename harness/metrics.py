@@ -38,7 +38,7 @@ def records(codec, examples: list, groups: list[list], logp: Tensor,
         return next(sums) | dict(
             z=z, z_len=rationale.length, finished=not rationale.truncated,
             actions=len(rationale.actions), answers=len(rationale.y),
-            reaches=flexible(z, example.gold), end=own[-1], template=sum(own[-n - t:-n]),
+            reaches=flexible(z, example.gold, example.options), end=own[-1], template=sum(own[-n - t:-n]),
             answer=sum(own[-n:-1]))
     return [[record(e, r) for r in group] for e, group in zip(examples, groups)]
 
@@ -88,11 +88,19 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+def commit() -> str:
+    """The commit of this project's files; "" where there is no git, or no repository."""
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def environment(processes: int) -> dict:
     """What a run's numbers depend on besides its settings: commit, versions, machine."""
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     return dict(
-        commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        commit=commit(),
         torch=torch.__version__, transformers=transformers.__version__, python=sys.version,
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         cores=os.cpu_count(), processes=processes)

@@ -29,6 +29,10 @@ def load_config(args) -> tuple:
         here = "no whole model" if Path(args.model).is_dir() else "no directory, nor on the hub"
         raise UserError(f"--model {args.model}: {here} ({short_error(e)}); pass a directory in"
                         " Hugging Face's format, or a hub id") from e
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"--model {args.model}: its weights are quantised, and cannot be trained;"
+                        " dequantise them first: load it with transformers, call dequantize() and"
+                        " save_pretrained()")
     if features := unsupported(config):
         raise UserError(f"--model {args.model}: {config.model_type} has {', '.join(features)},"
                         " which is not supported; take a Llama, Mistral, Qwen or Phi-3 model")

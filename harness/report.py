@@ -20,7 +20,7 @@ from .statistics import Estimate
 
 HEADLINES = ("elbo", "ELBO"), ("logp_y", "log p(y|x+z)"), ("kl", "KL"), ("z_len", "length")
 PARTS = "template", "answer", "end"  # of what the model is asked to say after a rationale
-TABLES = (("greedy", "loose", "T = 1", "maj@k", "pass@k"),
+TABLES = (("greedy", "loose", "sampled", "maj@k", "pass@k"),
           ("log p(y|x)", "log p(y|x+gold)", "log p(y|x+other)", "log p(y|x+z)", "ELBO", "bound"),
           ("z", "ends", *PARTS), ("reaches", "follows", "r ~ right", "entropy", "unique"))
 OUTCOMES = {(False, True): "fixed", (True, False): "broken", (True, True): "both right",
@@ -51,27 +51,29 @@ def digits(name: str, value: float | None) -> str:
     return "-" if value is None else f"{value:.{places}f}"
 
 
-def cells(found: dict[str, dict], k: int) -> list[list[list[tuple[str, str]]]]:
+def cells(found: dict[str, dict], k: int, temperature: float) -> list[list[list[tuple[str, str]]]]:
     """The tables' text: by table and line, (mean, interval); the first line has the names."""
+    heads = {"sampled": f"T = {temperature:g}", "maj@k": f"maj@{k}", "pass@k": f"pass@{k}"}
+
     def cell(name: str, e: Estimate) -> tuple[str, str]:
         mean, low, high = (digits(name, value) for value in e)
         return mean, "" if low == "-" else f"{low} to {high}"
 
-    return [[[("", ""), *((n.replace("@k", f"@{k}"), "") for n in names)],
+    return [[[("", ""), *((heads.get(n, n), "") for n in names)],
              *([(row, ""), *(cell(n, of["columns"][n]) for n in names)]
                for row, of in found.items())] for names in TABLES]
 
 
-def table(found: dict[str, dict], k: int) -> str:
+def table(found: dict[str, dict], k: int, temperature: float = 1.0) -> str:
     """For a terminal: the interval is below the mean."""
     def lines(rows: list[list[tuple[str, str]]]) -> Iterator[str]:
         flat = [line for row in rows for line in zip(*row) if any(line)]
         widths = [max(map(len, column)) for column in zip(*flat)]
         yield from ("  ".join(map(str.rjust, line, widths)).rstrip() for line in flat)
-    return "\n\n".join("\n".join(lines(rows)) for rows in cells(found, k))
+    return "\n\n".join("\n".join(lines(rows)) for rows in cells(found, k, temperature))
 
 
-def markdown(found: dict[str, dict], k: int) -> str:
+def markdown(found: dict[str, dict], k: int, temperature: float = 1.0) -> str:
     """The same tables in Markdown, the interval in brackets."""
     def line(texts: list[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |\n"
@@ -80,7 +82,7 @@ def markdown(found: dict[str, dict], k: int) -> str:
         heads, *rest = [[f"{mean} ({span})" if span else mean for mean, span in row]
                         for row in rows]
         return "".join(map(line, [heads, ["---"] * len(heads), *rest]))
-    return "\n".join(map(lines, cells(found, k)))
+    return "\n".join(map(lines, cells(found, k, temperature)))
 
 
 def verdict(name: str, base: str, row: dict) -> str:
@@ -135,7 +137,8 @@ def show(rows: dict[str, list[dict]], i: int, outcome: str, width: int) -> str:
 
 
 # ------------------------------------------------------------------------------ page: --report
-def content(command: str, rows: dict[str, list[dict]], found: dict[str, dict], k: int) -> dict:
+def content(command: str, rows: dict[str, list[dict]], found: dict[str, dict], k: int,
+            temperature: float = 1.0) -> dict:
     """What the page shows. Numbers are text, which also holds what JSON cannot: -inf."""
     def reply(r: dict) -> dict:
         direct = r["direct"]["answer"] + r["direct"]["end"]
@@ -150,7 +153,7 @@ def content(command: str, rows: dict[str, list[dict]], found: dict[str, dict], k
              rows=[*map(reply, own)])
         for outcome, *own in zip(outcomes(rows), *rows.values())]
     return dict(command=command, names=[*rows], groups=[*OUTCOMES.values()],
-                tables=cells(found, k),
+                tables=cells(found, k, temperature),
                 verdicts=[verdict(name, first, found[name]) for name in others],
                 questions=questions)
 
@@ -164,7 +167,7 @@ def embed(what: dict) -> str:
 def page(what: dict) -> str:
     """One HTML file that fetches nothing. Its policy names its script and style by their hashes, so
     a browser runs no other, whatever a reply contains."""
-    template = PAGE.read_text()
+    template = PAGE.read_text(encoding="utf-8")
 
     def digest(tag: str) -> str:
         inside = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]

@@ -9,6 +9,7 @@ latro.sample_rationales is the loop that uses it. Rows: B prompts times K sample
 
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,9 @@ class Decoder:
         self.column = torch.arange(self.P + max_new_tokens + self.pace.cache_multiple,
                                    device=device)
         self.end = torch.tensor([self.P], device=device)  # the column of the next token
+        # From transformers 5.24 on, models call it `cache`.
+        parameters = signature(policy.model.forward).parameters
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     def prefill(self) -> Tensor:
         """Reads each prompt once, padded on the left. Returns the (B K, V) logits of the first
@@ -97,7 +101,7 @@ class Decoder:
         W = self.policy.get_output_embeddings().weight
         mask = additive_mask(allowed, W, self.policy.config)
         h = self.policy.model(ids, position_ids=position, attention_mask=mask, use_cache=True,
-                              past_key_values=self.cache).last_hidden_state[:, -1]
+                              **{self.cache_name: self.cache}).last_hidden_state[:, -1]
         if h.is_cuda and h.dtype != torch.float32:
             return torch.mm(h, W.T, out_dtype=torch.float32)
         return h.float() @ W.float().T
@@ -127,27 +131,26 @@ class DecodeState:
     """What has been drawn, and how far each row that still decodes has got. All of it is on the
     device and changed in place."""
 
-    def __init__(self, N: int, max_tokens: int, longest_stop: int, device: torch.device):
-        """N rows of at most `max_tokens` tokens; `longest_stop`: tokens of the longest template."""
+    def __init__(self, N: int, max_tokens: int, device: torch.device):
+        """N rows of at most `max_tokens` tokens."""
         self.ids = torch.full((N, max_tokens), -1, device=device)
         # Tokens of z and of what ended it, and what that was; 0 while z goes on.
         self.end, self.stop_reason = torch.zeros(2, N, dtype=torch.long, device=device)
         self.drawn = torch.zeros(1, dtype=torch.long, device=device)  # tokens drawn so far
-        # Of the rows that still decode: which they are, their last token and tokens, and whether
-        # they are running.
+        # Of the rows that still decode: which they are, their last token, how many characters of
+        # the template they end with, how many tokens spell those, and whether they are running.
         self.row, self.token = torch.arange(N, device=device), self.end.clone()
-        self.last = torch.full((N, longest_stop), -1, device=device)
+        self.matched, self.template_tokens = self.end.clone(), self.end.clone()
         self.running = torch.ones(N, dtype=torch.bool, device=device)
 
     def append(self, token: Tensor) -> None:
         """Writes a token (rows,) to each running row."""
         self.ids[self.row, self.drawn] = token.masked_fill(~self.running, -1)
-        self.last.copy_(torch.cat([self.last[:, 1:], token[:, None]], 1))
         self.token.copy_(token)
         self.drawn += 1
 
     def select_rows(self, rows: Tensor) -> None:
-        for name in ("row", "token", "last", "running"):
+        for name in ("row", "token", "matched", "template_tokens", "running"):
             setattr(self, name, getattr(self, name)[rows])
 
 

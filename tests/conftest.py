@@ -32,6 +32,7 @@ if not CUDA():  # Triton decides while it is imported, for good, whether it inte
     os.environ["TRITON_INTERPRET"] = "1"
 import kernels
 import latro
+from harness.codec import stop_table
 
 if kernels.TRITON:
     from kernels import rationale_score, token_logprob  # noqa: F401
@@ -167,6 +168,16 @@ def write_rows(folder, split="train", n=20, **fixed):
     made = [dict(question=ask.format(i + 3), answer=str(i + 5)) | fixed for i in range(n)]
     Path(folder, f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
     return made
+
+
+def stops_of(V, *sequences):
+    """The stop table of V tokens of which these sequences, no token in two, spell the template."""
+    texts, template = [""] * V, "ABCDEFG"[:max(map(len, sequences), default=1)]
+    for sequence in sequences:
+        for letter, token in zip(template, sequence):
+            texts[token] = letter
+        texts[sequence[-1]] = template[len(sequence) - 1:]
+    return stop_table(texts, template)
 
 
 @pytest.fixture

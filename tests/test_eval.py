@@ -4,6 +4,7 @@ statistics are correct."""
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import eval as grading
 import latro
 from harness import errors, report, statistics
-from conftest import ROOT, TINY, TOY, launch, start
+from conftest import HELD, ROOT, TINY, TOY, launch, start
 from test_distributed import assert_close
 
 
@@ -110,6 +111,46 @@ def test_changed_weights_start_over(graded, run, tmp_path):
     assert (tmp_path / f"{run.name}.jsonl").stat().st_ino != before
 
 
+def test_a_corrected_answer_is_graded_again(run, tmp_path):
+    """No verdict, ELBO or bound of the old answer comes back."""
+    folder = shutil.copytree(HELD.name, tmp_path / "data")
+    flags = "--data", folder, "--questions", 2
+    before = grade(run, tmp_path / "eval", *flags)
+    first, *others = (folder / "test.jsonl").read_text().splitlines()
+    right = before["rows"]["base"][0]["said"].strip(" .")
+    corrected = json.dumps(json.loads(first) | dict(answer=right))
+    (folder / "test.jsonl").write_text("\n".join([corrected, *others]))
+    after = grade(run, tmp_path / "eval", *flags)
+    for name, rows in after["rows"].items():
+        old = before["rows"][name][0]
+        assert rows[0]["gold"] == right != old["gold"]
+        assert rows[0]["direct"] != old["direct"] and rows[1] == before["rows"][name][1]
+    assert after["rows"]["base"][0]["right"] and not before["rows"]["base"][0]["right"]
+
+
+def test_another_base_is_another_reference(graded, run, tmp_path):
+    grade(run, tmp_path)
+    [own, *_] = grade(run, tmp_path, "--base", run)["rows"][run.name]
+    for sample, before in zip(own["samples"], graded["rows"][run.name][0]["samples"], strict=True):
+        assert sample["logp0_z"] == pytest.approx(sample["logp_z"], abs=1e-4)  # pi_0 is the run
+        assert abs(before["logp0_z"] - before["logp_z"]) > 1e-3
+
+
+def test_temperature_is_1_whatever_the_run_was_trained_at(run, tmp_path):
+    """Accuracy of a sample at the run's --temperature would not compare with other runs."""
+    folder = shutil.copytree(run, tmp_path / "warm")
+    note = json.loads((folder / "latro.json").read_text())
+    note["args"]["temperature"] = 0.3
+    (folder / "latro.json").write_text(json.dumps(note))
+    assert grading.settings(grading.parse(["--ckpt", str(folder)])).temperature == 1.0
+    cold = grade(run, tmp_path / "eval", "--temperature", 0.3, "--questions", 2)
+    assert "T = 0.3" in (tmp_path / "eval" / "eval.md").read_text()
+    again = grade(run, tmp_path / "eval", "--questions", 2)  # nothing of it is reused
+    assert "T = 1" in (tmp_path / "eval" / "eval.md").read_text()
+    assert [r["samples"] for r in again["rows"]["base"]] != [
+        r["samples"] for r in cold["rows"]["base"]]
+
+
 # ------------------------------------------------------- numbers
 
 def sample(said, logp_y=-1.0, kl=0.0, right=False, z_len=3, finished=True, z="2 + 2 = 4."):
@@ -119,7 +160,7 @@ def sample(said, logp_y=-1.0, kl=0.0, right=False, z_len=3, finished=True, z="2 
 
 
 def record(said, samples, gold="4", text="", right=False):
-    return dict(question="?", gold=gold, said=said, text=text or f"The answer is {said}.",
+    return dict(question="?", gold=gold, options=[], said=said, text=text or f"The answer is {said}.",
                 right=right, direct=dict(template=-9.0, answer=-2.0, end=-0.5), samples=samples)
 
 
@@ -130,7 +171,7 @@ def test_columns():
     found = grading.columns(r)
     assert [*found] == [name for names in report.TABLES for name in names]
     assert found == pytest.approx({
-        "greedy": 0, "loose": 1, "T = 1": 2 / 3, "maj@k": 1, "pass@k": 1, "log p(y|x)": -2.5,
+        "greedy": 0, "loose": 1, "sampled": 2 / 3, "maj@k": 1, "pass@k": 1, "log p(y|x)": -2.5,
         "log p(y|x+gold)": -0.75, "log p(y|x+other)": None, "log p(y|x+z)": -2, "ELBO": -3,
         "bound": math.log((math.exp(-3) + math.exp(-3) + math.exp(-3)) / 3),
         "z": 4, "ends": 2 / 3, "template": -0.5, "answer": -1.9, "end": -0.1,

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import kernels
 import latro
-from conftest import ROOT, TINY, TOY, begin, launch, rows, start
+from conftest import ROOT, TINY, TOY, begin, launch, rows, start, stops_of
 from harness import data, memory
 from kernels import attention, decode, reference
 
@@ -176,7 +176,8 @@ def sample(policy, K=16, L=300):
     """K rationales for each of three prompts. Eight EOS tokens make them end at many lengths."""
     uniform = torch.rand(3 * K, L, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     prompts = [[*range(5, 5 + n)] for n in (90, 40, 7)]
-    return latro.sample_rationales(policy, prompts, [], [*range(8)], K, L, uniform)
+    return latro.sample_rationales(policy, prompts, stops_of(policy.vocab_size), [*range(8)], K, L,
+                                   uniform)
 
 
 def test_captured_steps_draw_the_same_samples(policy, monkeypatch):

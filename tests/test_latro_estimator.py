@@ -23,12 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels  # before transformers, which looks for a package of this name while it loads
 import latro
+from conftest import stops_of
 from harness import data
 from kernels import decode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 V, EOS, STOPS = 5, 4, [[3], [1, 2]]  # an EOS token, and a template in two variants
-CODEC = SimpleNamespace(stops=STOPS, eos=[EOS], template_at_start=[3], template_after_z=[1, 2])
+CODEC = SimpleNamespace(stops=stops_of(V, *STOPS), eos=[EOS], template_at_start=[3], template_after_z=[1, 2])
 BATCH = [data.Example("", "", x, answer, []) for x, answer in (
     ([0, 2, 1], [2, 0]), ([2], [4]), ([1, 0, 3, 2, 0], [0, 1, 4]), ([3, 1], [1, 4]))]
 COOL = 0.75  # a temperature that float32 holds exactly
@@ -264,7 +265,7 @@ def test_every_outcome_has_its_interval(L, temperature, within):
     outcome's exact probability. From edge to edge: so it draws the distribution of part 1."""
     policy, stock, prompts = llama(1), llama(1, "sdpa"), [e.x for e in BATCH]
     u = torch.cat([script(stock, x, L, temperature, within) for x in prompts])
-    drawn = latro.sample_rationales(policy, prompts, STOPS, [EOS], len(outcomes(L)), L, u,
+    drawn = latro.sample_rationales(policy, prompts, CODEC.stops, [EOS], len(outcomes(L)), L, u,
                                     temperature)
     wanted = [([*ids], len(ids), reason) for ids, reason in outcomes(L).items()]
     assert drawn == wanted * len(prompts)
@@ -286,7 +287,7 @@ def test_outcomes_do_not_depend_on_other_rows(others, monkeypatch):
     n, U = 0 if others == "none" else 9, script(llama(1, "sdpa"), e.x, L, 1.0, 0.5)
     for u, outcome in zip(U, wanted):
         u = torch.stack([u] + n * [U[other]])
-        drawn = latro.sample_rationales(policy, [e.x], STOPS, [EOS], 1 + n, L, u)
+        drawn = latro.sample_rationales(policy, [e.x], CODEC.stops, [EOS], 1 + n, L, u)
         assert drawn == [outcome] + n * [wanted[other]]
     drops = sum(len(ids) > 1 for ids in outcomes(L)) if others == "short" else 0
     assert kept == [1] * drops

@@ -16,12 +16,14 @@ from torch import nn
 
 import kernels  # noqa: F401  before transformers, which looks for a package of this name
 import latro
+from conftest import stops_of
 from harness import distributed
 from kernels import attention as kernel_attention
 from kernels import reference
 import transformers as hf
 
-V, EOS, STOPS = 23, [7, 9], [[3], [4, 5]]
+V, EOS = 23, [7, 9]
+STOPS = stops_of(V, [3], [4, 5])
 CODEC = SimpleNamespace(template_at_start=[3], template_after_z=[4, 5])
 SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -238,13 +240,13 @@ def test_greedy_is_generate(name):
     """All prompts in one left-padded batch, against one at a time; with ends at EOS, some early."""
     policy, stock, n = model(name), model(name, "sdpa"), 16
     whole = [generated(stock, x, n, None) for x in PROMPTS]
-    assert [ids for ids, *_ in latro.sample_rationales(policy, PROMPTS, [], [-1], 1, n,
+    assert [ids for ids, *_ in latro.sample_rationales(policy, PROMPTS, stops_of(V), [-1], 1, n,
                                                        None)] == whole
     eos = [whole[0][0], whole[1][4]]  # so that one row ends at once, and some on the way
     short = [generated(stock, x, n, eos) for x in PROMPTS]
     assert len(short[0]) == 1 and len({*map(len, short)}) > 2
     ends = [(ids, len(ids), -int(ids[-1] in eos)) for ids in short]
-    assert latro.sample_rationales(policy, PROMPTS, [], eos, 1, n, None) == ends
+    assert latro.sample_rationales(policy, PROMPTS, stops_of(V), eos, 1, n, None) == ends
 
 
 @pytest.fixture
@@ -268,7 +270,7 @@ def test_the_sampling_distribution_is_the_one_scored(name, dtype, nats, seen):
     policy, stock, K, L, T = model(name, dtype=dtype), model(name, "sdpa", dtype), 3, 12, 0.75
     uniform = torch.rand(len(PROMPTS) * K, L, generator=torch.Generator().manual_seed(0))
     # No token ends a row early.
-    drawn = latro.sample_rationales(policy, PROMPTS, [], [-1], K, L, uniform, T)
+    drawn = latro.sample_rationales(policy, PROMPTS, stops_of(V), [-1], K, L, uniform, T)
     logits = torch.stack(seen, 1).view(len(PROMPTS), K, L, V)
     groups = [[latro.split_rollout(CODEC, *d, [12], "answer") for d in drawn[i:i + K]]
               for i in range(0, len(drawn), K)]
@@ -299,14 +301,18 @@ def test_a_row_depends_on_its_own_numbers_only(name):
 
 # ------------------------------------------------------- the sampler's rules, on a script
 
-class Script:
-    """A policy that counts: token t is followed by t + 1."""
-    device = torch.device("cpu")
-    config = SimpleNamespace(num_attention_heads=1, num_key_value_heads=1)
+class Counting(nn.Module):
+    """Token t is followed by t + 1."""
 
-    def model(self, ids, past_key_values, **_):
+    def forward(self, ids, past_key_values, **_):
         past_key_values.update(*torch.zeros(2, len(ids), 1, ids.shape[1], 1), 0)
         return SimpleNamespace(last_hidden_state=torch.eye(100)[(ids + 1) % 100])
+
+
+class Script:
+    """A policy that counts."""
+    device, model = torch.device("cpu"), Counting()
+    config = SimpleNamespace(num_attention_heads=1, num_key_value_heads=1)
 
     def get_output_embeddings(self):
         return SimpleNamespace(weight=torch.eye(100))
@@ -315,8 +321,8 @@ class Script:
 def continued(first: list[int], L: int, max_answer_tokens: int, stops, eos,
               K: int = 1) -> list[tuple]:
     """(number of ids, end, stop reason) of the continuations that begin with these tokens."""
-    rows = latro.sample_rationales(Script(), [[t - 1] for t in first], stops, eos, K, L, None,
-                                   max_answer_tokens=max_answer_tokens)
+    rows = latro.sample_rationales(Script(), [[t - 1] for t in first], stops_of(100, *stops), eos,
+                                   K, L, None, max_answer_tokens=max_answer_tokens)
     for (ids, *_), t in zip(rows, (t for t in first for _ in range(K)), strict=True):
         assert ids == [*range(t, t + len(ids))]
     return [(len(ids), end, reason) for ids, end, reason in rows]

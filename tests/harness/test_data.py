@@ -1,24 +1,19 @@
-"""Proves that real rows become questions and that token ids are those the tokenizer itself writes.
-
-There is one BOS, templates are whole, and no mask is guessed from an id. Answers are compared as a
-reader would compare them.
+"""Proves that real rows become questions, that no training row is held out, and that no mask is
+guessed from an id. Answers are compared as a reader would compare them.
 """
 
 import json
-from copy import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from tokenizers import (
-    Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers)
-from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import latro
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, stops_of, write_rows
 from harness import answers, data, distributed, errors
+from harness.codec import Codec
 
 DATA = ROOT.parent / "shared" / "data"  # the two data sets, if present
 FILES = [("gsm8k", "train", 7473), ("gsm8k", "test", 1319), ("arc_challenge", "train", 1119),
@@ -66,7 +61,7 @@ def test_real_rows(task, split, count):
     read = data.read_rows(args, split)
     assert len(read) == count
     for _, row in read:
-        question, gold, rationale = (text.strip() for text in data.TASKS[task](row))
+        question, gold, rationale, options = data.parse_row("here", row, task)
         assert row["question"].strip() in question and gold
         assert question.endswith("Let's think step by step.")
         assert answers.same_answer(f" {gold}.", gold)
@@ -75,18 +70,18 @@ def test_real_rows(task, split, count):
             assert not any(mark in rationale for mark in ("<<", ">>", "####"))
             assert not answers.same_answer(f"{gold}1", gold)
         else:
-            options = dict(zip(row["choices"]["label"], row["choices"]["text"]))
-            assert gold == options[row["answerKey"]].strip()
-            assert all(o in question for o in options.values())
-            others = {o.casefold().strip(" .") for o in options.values()}
+            labels = dict(zip(row["choices"]["label"], row["choices"]["text"]))
+            assert gold == labels[row["answerKey"]].strip() and options == (*labels.values(),)
+            assert all(o in question for o in options)
+            others = {o.casefold().strip(" .") for o in options}
             others.discard(gold.casefold().strip(" ."))
             assert not any(answers.same_answer(o, gold) for o in others), row
 
 
 def test_gsm8k_rationale_reads_as_text():
     row = dict(question="How many?", answer="He has 48/2 = <<48/2=24>>24 clips.\n#### 1,024")
-    assert [t.strip() for t in data.gsm8k(row)] == [
-        "How many? Let's think step by step.", "1,024", "He has 48/2 = 24 clips."]
+    assert data.parse_row("here", row, "gsm8k") == (
+        "How many? Let's think step by step.", "1,024", "He has 48/2 = 24 clips.", ())
 
 
 def test_rows_are_lines_whatever_they_contain(tmp_path):
@@ -126,122 +121,36 @@ def test_rows_of_the_hub(task, config, row, toy, tmp_path, monkeypatch):
             data.read_rows(args, "train")
 
 
-# ---- plain prompts
-
 @pytest.fixture(scope="module")
 def toy():
     tokenizer = AutoTokenizer.from_pretrained(TOY)
-    return data.Codec(tokenizer, "toy", [tokenizer.eos_token_id])
+    return Codec(tokenizer, [tokenizer.eos_token_id])
 
 
-def test_plain_prompt_and_answer(toy):
-    decode = toy.tokenizer.decode
-    example = toy.example("here", dict(question=" How many cookies are left? ", answer="18"))
-    assert decode(example.x) == "Question: How many cookies are left?\nAnswer:"
-    assert decode(example.answer) == " 18.<eos>"
-    assert example.answer[-1] == toy.turn_end == toy.eos[0]
-    assert example.question == "How many cookies are left?"
-    assert (example.gold, example.z) == ("18", [])
-    row = dict(question="How many?", answer="3", rationale="Monday 1 + 2 = 3.")
-    example = toy.example("here", row)
-    assert decode(example.z) == " Monday 1 + 2 = 3."
+def test_a_training_row_that_is_held_out_is_left_out(tmp_path, capsys):
+    """By content: the same row may stand twice, under two ids or none."""
+    made = write_rows(tmp_path, n=32)
+    write_rows(tmp_path, split="validation", n=2)  # repeats the first two
+    lines = [json.dumps(row | dict(id=i)) for i, row in enumerate([*made, made[5]])]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    args = latro.parse(["--data", str(tmp_path), "--task", "qa", "--model", str(TOY), "--L", "32"])
+    _, train_set, held_out = data.load_datasets(args)
+    assert [e.question for e in held_out] == [row["question"] for row in made[:2]]
+    assert [e.question for e in train_set] == [r["question"] for r in [*made[2:], made[5]]]
+    assert "2 training rows ask a held-out question: left out" in capsys.readouterr().out
+    (tmp_path / "validation.jsonl").unlink()
+    _, train_set, held_out = data.load_datasets(args)  # 2 of 33: the last, and its repeat in train
+    assert [e.question for e in held_out] == [made[31]["question"], made[5]["question"]]
+    assert len(train_set) == 30 and "1 training rows" in capsys.readouterr().out
+    (tmp_path / "train.jsonl").write_text(2 * (json.dumps(made[0]) + "\n"))
+    with pytest.raises(errors.UserError, match="2 rows or more that are not held out"):
+        data.load_datasets(args)
 
 
-def test_templates_are_those_that_models_write(toy):
-    """Released-code defect 9: " The answer is" and "The answer is" tokenise differently."""
-    decode = toy.tokenizer.decode
-    assert decode(toy.template_after_z) == decode(toy.template_at_start) == " The answer is"
-    assert [decode(s) for s in toy.stops] == [" The answer is"]  # one form of each word
-    reply = toy.tokenizer("Monday 1 + 2 = 3. The answer is 3.")["input_ids"]
-    assert any(list(s) == reply[i:i + len(s)] for s in toy.stops for i in range(len(reply)))
-
-
-def test_answer_ends_with_one_period(toy):
-    """No second period is added to an answer that is a sentence."""
-    example = toy.example("here", dict(question="How many?", answer="They run away."))
-    assert toy.tokenizer.decode(example.answer[:-1]).count(".") == 1
-
-
-# ---- chat templates
-
-CHAT = ("{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
-SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>", "<|user|>", "<|assistant|>"]
-
-
-def tokenizer_of_bytes(chat_template=None, regex=True):
-    """Byte-level BPE that adds BOS to every text, as Llama's does."""
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
-    bpe.decoder = decoders.ByteLevel()
-    text = "Question: how many are left?\nAnswer: 5 + 1 = 6.\nThe answer is 6. The answer is 18."
-    bpe.train_from_iterator([text] * 9, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>", chat_template=chat_template)
-
-
-def test_chat_prompt_comes_straight_from_the_template():
-    """Released-code defect 9: it tokenises the rendered template, which adds a second BOS."""
-    tokenizer = tokenizer_of_bytes(CHAT)
-    codec = data.Codec(tokenizer, "qa", [2, 3])
-    row = dict(question="How many?", answer="18", rationale="5 + 1 = 6.")
-    example = codec.example("here", row)
-    asked = [dict(role="user", content="How many?")]
-    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
-    assert example.x == prompt
-    assert prompt[0] == tokenizer.bos_token_id and prompt.count(tokenizer.bos_token_id) == 1
-    assert tokenizer.decode(prompt) == "<s><|user|>\nHow many?<|end|>\n<|assistant|>\n"
-    assert tokenizer.decode(example.answer) == " 18.<|end|>"  # not </s>: the template's turn end
-    assert tokenizer.decode(example.z) == "5 + 1 = 6."
-    reply = f"5 + 1 = 6.{tokenizer.decode(codec.template_after_z)} 18."
-    whole = [*asked, dict(role="assistant", content=reply)]
-    whole = tokenizer.apply_chat_template(whole)["input_ids"]
-    assert reply.split() == "5 + 1 = 6. The answer is 18.".split()
-    ours = example.x + example.z + codec.template_after_z + example.answer
-    assert ours == whole[:-1]  # all except the last newline
-
-
-def test_chat_templates_stop_in_every_form():
-    tokenizer = tokenizer_of_bytes(CHAT)
-    codec = data.Codec(tokenizer, "qa", [3])
-    assert tokenizer.decode(codec.template_at_start) == "The answer is"
-    assert {tokenizer.decode(s).strip() for s in codec.stops} == {"The answer is"}
-    for before in ("", "5. ", "5.\n", "5.\n\n", "5"):
-        reply = f"{before}The answer is 6"
-        ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
-        ends = [i for s in codec.stops for i in range(len(ids)) if ids[:i][-len(s):] == list(s)]
-        assert ends and tokenizer.decode(ids[:min(ends)]).endswith("The answer is"), reply
-
-
-def test_plain_prompt_has_one_bos():
-    tokenizer = tokenizer_of_bytes()
-    codec = data.Codec(tokenizer, "qa", [2])
-    example = codec.example("here", dict(question="How many?", answer="18"))
-    assert tokenizer.decode(example.x) == "<s>Question: How many?\nAnswer:"
-    assert tokenizer.decode(example.answer) == " 18.</s>"
-
-
-def test_tokenizer_that_merges_words_is_refused():
-    """Without splitting at words, BPE learns tokens that belong to both z and y."""
-    with pytest.raises(errors.UserError, match="tokenizer"):
-        data.Codec(tokenizer_of_bytes(regex=False), "qa", [2])
-
-
-def test_every_eos_of_the_model_counts(tmp_path):
-    """Released-code defect 13: it looks up end tokens by hub name. Here they come from the model's
-    own files: two from the generation config, another from the tokenizer."""
-    tokenizer = tokenizer_of_bytes(CHAT)
-    tokenizer.save_pretrained(tmp_path)
-    LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
-    GenerationConfig(eos_token_id=[5, 3]).save_pretrained(tmp_path)
-    row = json.dumps(dict(question="How many?", answer="18")) + "\n"
-    (tmp_path / "train.jsonl").write_text(row * 3)
-    args = latro.parse(["--model", str(tmp_path), "--task", "qa", "--data", str(tmp_path)])
-    codec, _, _ = data.load_datasets(args)
-    assert set(codec.eos) == {2, 3, 5} and codec.turn_end == 3
+def test_an_id_of_null_is_no_id(tmp_path):
+    write_rows(tmp_path, id=None)
+    args = latro.parse(["--data", str(tmp_path), "--task", "qa", "--model", str(TOY)])
+    assert len(data.read_rows(args, "train")) == 20
 
 
 # ---- masks do not depend on ids
@@ -276,34 +185,13 @@ def test_pad_and_eos_inside_a_row_are_ordinary_tokens(policy):
 
 def test_pad_and_eos_inside_a_prompt_do_not_change_its_continuation(policy):
     plain = AutoModelForCausalLM.from_pretrained(TOY)
-    together = latro.sample_rationales(policy, PROMPTS, [[8, 9, 10]], [1], 1, 20, None)
+    stops = stops_of(policy.vocab_size, [8, 9, 10])
+    together = latro.sample_rationales(policy, PROMPTS, stops, [1], 1, 20, None)
     for x, (ids, *_) in zip(PROMPTS, together, strict=True):
         x = torch.tensor([x])
         theirs = plain.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=20,
                                 do_sample=False)
         assert ids == theirs[0, x.shape[1]:].tolist()[:len(ids)] and ids
-
-
-def test_a_period_and_a_newline_in_one_token():
-    """Tokenizers with Llama 3's or Qwen's pattern have a token ".\\n". A template cannot begin
-    inside it, and need not: the text after it ends with the template without a leading space."""
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(["It is 3.\nThe answer is 4. The answer is 5.\n\n"] * 50, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
-    codec = data.Codec(tokenizer, "qa", [0])
-    for before in ("3.\n", "3. ", "3\n", "3\n\n", ""):
-        ids = tokenizer(f"{before}The answer is")["input_ids"]
-        assert any(ids[-len(s):] == list(s) for s in codec.stops), before
-    assert tokenizer.decode(tokenizer("It is 3.\n")["input_ids"][-1:]) == ".\n"
-    assert tokenizer.decode(codec.template_after_z) == " The answer is"
 
 
 def test_any_bytes_and_any_json(toy, tmp_path):
@@ -335,12 +223,10 @@ def test_any_bytes_and_any_json(toy, tmp_path):
     @settings
     @hypothesis.given(anything | named | arc, st.sampled_from([*data.TASKS]))
     def check_row(row, task):
-        codec = copy(toy)
-        codec.task = task
         try:
-            example = codec.example("here:1", row)
+            example = toy.example("here:1", data.parse_row("here:1", row, task))
             assert example.gold.strip() and example.place == "here:1"
-            assert example.answer[-1] == codec.turn_end
+            assert example.answer[-1] == toy.turn_end
         except errors.UserError as problem:
             assert str(problem).startswith("here:1: ")
     check_file()

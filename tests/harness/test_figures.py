@@ -75,8 +75,8 @@ def toy(tmp_path):
     """The toy's base model, its codec, 12 test questions, and the settings."""
     args = latro.parse(["--out", str(tmp_path / "out")])
     device = distributed.init_distributed()
-    codec, context = data.load_codec(args)
-    examples = data.encode(codec, context, data.read_rows(args, "test")[:12], args)
+    codec = data.load_codec(args)
+    examples = data.encode(codec, data.read_rows(args, "test")[:12], args)
     yield latro.load_model(args, device, torch.float32, latro.logprobs), codec, examples, args
     dist.destroy_process_group()
 
@@ -202,7 +202,7 @@ def test_figures_agree_with_the_table(tmp_path):
                    for name in ("figures.json", "eval.json"))
     for name, row in graded["results"].items():
         maj, passed = (drawn["votes"][name][key]["mean"] for key in ("maj", "pass"))
-        ends = {"T = 1": maj[0], "maj@k": maj[-1], "pass@k": passed[-1],
+        ends = {"sampled": maj[0], "maj@k": maj[-1], "pass@k": passed[-1],
                 "greedy": drawn["length"]["rows"][name]["mean"][-1]}
         assert ends == {column: row["columns"][column][0] for column in ends}
         assert [*drawn["likelihood"][name]] == [*grading.CONTEXTS]
