@@ -56,7 +56,7 @@ from harness.metrics import environment, records, summary
 from harness.model import load_model
 from harness.report import (PARTS, content, markdown, most_informative_first, outcomes, page, show,
                             table, verdict, write_page)
-from harness.statistics import band, estimates, majority_curve, mcnemar, pass_at_k
+from harness.statistics import band, estimates, gains, majority_curve, mcnemar, pass_at_k
 from transformers import AutoConfig
 
 SAVED = "task", "data", "L", "seed"  # flags of latro.py whose defaults are the checkpoint's values
@@ -233,7 +233,7 @@ def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
         own = dict(zip(names, estimates(numbers[name])))
         if name == first:
             return dict(columns=own)
-        gain = dict(zip(names, estimates(numbers[name] - numbers[first])))
+        gain = dict(zip(names, gains(numbers[name], numbers[first])))
         before, after = ([r["right"] for r in rows[n]] for n in (first, name))
         return dict(columns=own, gain=gain, mcnemar=mcnemar(before, after))
     return {name: result(name) for name in rows}
