@@ -22,6 +22,7 @@ from fractions import Fraction
 from itertools import islice
 from typing import Hashable, Sequence
 
+RULES = 2  # version of the grading rules; raised whenever a verdict can change
 TEMPLATE = "The answer is"
 TYPOGRAPHY = str.maketrans("\u2010\u2011\u2012\u2013\u2212\uff0d\u2018\u2019\u201c\u201d",
                            "------''\"\"")

@@ -23,15 +23,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch import Tensor
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint import state_dict as states
-from transformers import AutoModelForCausalLM
 
 from .distributed import all_gather_list, is_main_process, local_slice, print0, processes
 from .errors import UserError, short_error
+from .export import export_model
 from .metrics import environment
 
+UNFINISHED = "incomplete", "export"  # a state and a model that are being written
 LOGS = "metrics.jsonl", "evals.jsonl", "samples.jsonl"
 # All that a checkpoint's metadata names, besides dtypes and the classes of `metadata` itself.
 METADATA_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"),
@@ -45,7 +45,7 @@ def atomic_write(path: Path, text: str) -> None:
     """Replaces a file as a whole or not at all."""
     fresh = path.with_name(path.name + ".new")
     try:
-        fresh.write_text(text)
+        fresh.write_text(text, encoding="utf-8")
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)  # a full disk leaves half of it
@@ -159,17 +159,15 @@ def save_checkpoint(args, policy, optimizer, tokenizer, step: int) -> None:
                         f" {free:.1f} GB are free): make room, then --resume from its last"
                         " state") from e
     finally:
-        if is_main_process():
-            for temporary in ("incomplete", "export"):
-                shutil.rmtree(Path(args.out, "state", temporary), ignore_errors=True)
+        remove_unfinished(args)
 
 
 def write_checkpoint(args, policy, optimizer, tokenizer, step: int) -> None:
     """Writes every file whole before it gets its name: the model, then the state, which makes the
     checkpoint count. Then removes old states."""
-    states_dir, fresh = Path(args.out, "state"), Path(args.out, "state", "incomplete")
-    if is_main_process():
-        shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
+    states_dir = Path(args.out, "state")
+    fresh, export = (states_dir / name for name in UNFINISHED)
+    remove_unfinished(args)  # of a run that was killed
     dist.barrier()
     model, moments = states.get_state_dict(policy, optimizer)
     dcp.save(dict(model=model, optimizer=moments), checkpoint_id=fresh)
@@ -178,7 +176,8 @@ def write_checkpoint(args, policy, optimizer, tokenizer, step: int) -> None:
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole = states.get_model_state_dict(policy, options=options)
     if is_main_process():
-        export_model(args, policy, whole, tokenizer)
+        export_model(policy, whole, tokenizer, export)
+        move_files(export, Path(args.out))
         atomic_write(fresh / "sums.json", json.dumps(sums))
         os.replace(fresh, states_dir / f"step-{step:06d}")
         for old in sorted(states_dir.glob("step-*"))[:-args.keep]:
@@ -186,19 +185,19 @@ def write_checkpoint(args, policy, optimizer, tokenizer, step: int) -> None:
     dist.barrier()
 
 
-def export_model(args, policy, weights: dict[str, Tensor], tokenizer) -> None:
-    """Writes the model in the base's dtype as one file, so that one rename replaces it."""
-    dtype, fresh = policy.config.dtype, Path(args.out, "state", "export")
-    with torch.device("meta"):
-        config = type(policy.config).from_dict(policy.config.to_dict())  # saving changes it
-        shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    shell.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
-    shell.tie_weights()
-    shell.generation_config = policy.generation_config
-    shell.save_pretrained(fresh, max_shard_size="1TB")
-    tokenizer.save_pretrained(fresh)
-    for f in sorted(fresh.iterdir()):
-        os.replace(f, Path(args.out, f.name))
+def remove_unfinished(args) -> None:
+    """Removes what a save that did not finish has left, on the main process."""
+    if is_main_process():
+        for name in UNFINISHED:
+            shutil.rmtree(Path(args.out, "state", name), ignore_errors=True)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Moves the files of a folder, and of the folders in it. Each replaces the one before whole."""
+    for file in [path for path in sorted(source.rglob("*")) if path.is_file()]:
+        moved = target / file.relative_to(source)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, moved)
 
 
 def verify_checkpoint(state: Path) -> list[str]:

@@ -59,11 +59,14 @@ def read_rows(args, split: str) -> list[tuple[str, dict]]:
         rows = enumerate(hub.get(split, []))
         return check_unique([(f"{args.data} {split} {i}", row) for i, row in rows])
     path, rows = Path(args.data, f"{split}.jsonl"), []
-    for i, line in enumerate(path.open("rb") if path.exists() else [], 1):
-        try:
-            rows.append((f"{path}:{i}", json.loads(line)))
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{path}:{i}: not JSON in UTF-8; every line is one object") from e
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        for i, line in enumerate(file, 1):
+            try:
+                rows.append((f"{path}:{i}", json.loads(line)))
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{path}:{i}: not JSON in UTF-8; every line is one object") from e
     return check_unique(rows)
 
 

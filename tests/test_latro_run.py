@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,6 +273,29 @@ def test_gradients_are_clipped(tmp_path, default):
     assert abs(ours[1]["kl"]) < 1e-3 < abs(theirs[1]["kl"])
 
 
+def test_grad_clip_0_switches_clipping_off(tmp_path):
+    out, far = (start(*TINY, "--steps", 2, "--grad-clip", clip, out=tmp_path / str(clip))
+                for clip in (0, 1e9))
+    assert untimed(rows(out)) == untimed(rows(far))
+    assert contents(out)[weights] == contents(far)[weights]
+
+
+@pytest.mark.parametrize("epochs, size, questions, steps", [
+    (3.0, 47, 3, 47), (0.1, 30, 1, 3), (2.0, 7, 2, 7), (1.0, 7, 2, 4), (1e-9, 7, 2, 1),
+    (6.0, 7473, 24, 1869)])
+def test_epochs_are_exact(epochs, size, questions, steps):
+    """In floating point 3 / (3 / 47) is above 47."""
+    assert latro.epochs_to_steps(epochs, size, questions) == steps
+
+
+def test_no_two_uses_share_random_numbers():
+    """NumPy takes the seeds (0, 1) and (0, 1, 0) for the same."""
+    args = latro.parse(["--questions", "64"])
+    train_set = [SimpleNamespace(place=i) for i in range(64)]
+    order = [e.place for e in latro.draw_batch(train_set, 1, args)]  # all of epoch 1
+    assert order != latro.rng_stream(args.seed, 1, 0).permutation(64).tolist()
+
+
 def test_rate_zero_changes_no_weight(tmp_path):
     out = start(*TINY, "--steps", 1, "--lr", 0, out=tmp_path / "out")
     base, ours = load_file(TOY / "model.safetensors"), load_file(out / "model.safetensors")
@@ -299,6 +323,31 @@ def test_sizes_act(tmp_path):
     assert all(row["n"] == 2 for row in rows(out, "evals"))
     train = [r for r in rows(out, "samples") if r["split"] == "train"]
     assert [len(v) for r in train for v in r.values() if isinstance(v, list)] == [2, 2]
+
+
+# ---- the machine it runs on
+
+@pytest.mark.parametrize("script", ["latro.py", "eval.py"])
+def test_no_warning_of_any_library(script, tmp_path, default, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    flags = [*TINY, "--steps", 2] if script == "latro.py" else ["--ckpt", default, "--k", 2]
+    code, _, errors = launch(*flags, "--out", tmp_path / "out", script=ROOT / script)
+    assert code == 0 and "arning" not in errors, errors
+
+
+def test_a_terminal_that_knows_only_ascii(tmp_path, monkeypatch):
+    write_rows(tmp_path / "data", question="Tom\u2019s \u201c2 + 2\u201d?", answer="4", n=1)
+    write_rows(tmp_path / "data", split="validation", question="Tom\u2019s?", answer="4", n=1)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    flags = "--task", "qa", "--data", tmp_path / "data", "--model", TOY, "--steps", 1, *TINY[2:]
+    code, printed, errors = launch(*flags, "--out", tmp_path / "out")
+    assert code == 0 and r"Tom\u2019s?" in printed, errors
+
+
+def test_a_machine_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    out = start(*TINY, "--steps", 1, out=tmp_path / "out")
+    assert json.loads((out / "latro.json").read_text())["commit"] == ""
 
 
 # ---- stop and go on

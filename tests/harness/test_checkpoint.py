@@ -356,7 +356,9 @@ def test_only_bugs_have_a_traceback(error, words, capsys):
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_out_of_memory_names_the_phase(phase, flags, rank, monkeypatch, capsys):
     """Whichever process runs out of memory reports it."""
-    monkeypatch.setenv("RANK", rank)
+    environment = dict(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
 
     def work():
         with timed({phase: 0.0}, phase):
@@ -409,6 +411,15 @@ def test_larger_vocabulary_than_embedding(model, capsys):
     config["vocab_size"] -= 3
     (model / "config.json").write_text(json.dumps(config))
     assert_refused(model, capsys, "tokenizer", str(config["vocab_size"]), "embedding")
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "bitsandbytes", "compressed-tensors", "new"])
+def test_quantised_weights_are_not_trained(method, model, capsys):
+    """Whether or not a loader is installed: FP8's scales would be lost without a word on a GPU."""
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = dict(quant_method=method)
+    (model / "config.json").write_text(json.dumps(config))
+    assert_refused(model, capsys, "quantised", "dequantize()")
 
 
 @pytest.mark.parametrize("kind", ["llama", "new"])

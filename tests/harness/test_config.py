@@ -74,6 +74,7 @@ def assert_has(line, *words):
     ("--beta inf", ["--beta inf"]), ("--resume=yes", ["--resume"]), ("--plan", ["--plan"]),
     ("--no-K", ["--no-K"]), ("stray", ["stray"]), ("--model=", ["--model", "empty"]),
     ("--data=", ["--data", "empty"]), ("--out=", ["--out", "empty"]),
+    ("--date yesterday", ["--date yesterday", "2026-11-26"]),
 ])  # fmt: skip
 def test_bad_flag(flags, words, refusal):
     assert_has(refusal(*FLAGS, *flags.split()), *words)
@@ -100,8 +101,26 @@ def test_bad_flag_with_default_settings(flags, words, refusal):
     ("--questions 3", ["--questions 3", "2 processes"]), ("--questions 4 --shard 3", ["--shard 3"]),
 ])  # fmt: skip
 def test_number_of_processes(flags, words, refusal, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=0).items():
+        monkeypatch.setenv(name, str(value))
     assert_has(refusal(*FLAGS, *flags.split()), *words)
+
+
+@pytest.mark.parametrize("names, missing", [
+    (["RANK"], "WORLD_SIZE and MASTER_ADDR and MASTER_PORT"), (["WORLD_SIZE"], "RANK"),
+    (["RANK", "WORLD_SIZE", "MASTER_ADDR"], "MASTER_PORT")])
+def test_half_an_environment_of_torchrun(names, missing, refusal, monkeypatch):
+    """A lone RANK=3 would be a run that never prints or writes."""
+    for name in names:
+        monkeypatch.setenv(name, "0")
+    assert_has(refusal(*FLAGS), f"but not {missing}", "torchrun", "unset")
+    assert not Path("out").exists()
+
+
+def test_an_address_alone_is_not_torchruns(monkeypatch):
+    """Some clusters set it everywhere."""
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    start(*FLAGS, out="out")
 
 
 def test_one_line_from_the_shell():
