@@ -44,7 +44,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import latro  # before transformers: see there
-from harness.answers import RULES, as_number, canonical, flexible, majority, same_answer
+from harness.answers import RULES, canonical, flexible, majority, same_answer
 from harness.checkpoint import append_jsonl, atomic_write, read_jsonl
 from harness.codec import Example, load_codec
 from harness.config import load_run_config
@@ -187,9 +187,9 @@ def multi_sample_bound(samples: list[dict]) -> float:
         return float(np.logaddexp.reduce(logs) - math.log(len(logs)))
 
 
-def follows(samples: list[dict], choices: list[str], numeric: bool) -> float | None:
+def follows(samples: list[dict], choices: list[str], gold: str) -> float | None:
     """Of the samples that answer, the share whose answer is the one their rationale ends with."""
-    answered = [(s["z"], canonical(s["said"], numeric)) for s in samples]
+    answered = [(s["z"], canonical(s["said"], gold)) for s in samples]
     agree = [flexible(z, str(answer), choices) for z, answer in answered if answer != ""]
     return float(np.mean(agree)) if agree else None
 
@@ -197,8 +197,7 @@ def follows(samples: list[dict], choices: list[str], numeric: bool) -> float | N
 def columns(row: dict) -> dict[str, float | None]:
     """What one question says of a model, by column of report.TABLES. None: nothing."""
     samples, gold, choices = row["samples"], row["gold"], row["options"]
-    numeric = as_number(gold) is not None
-    voted = majority([s["said"] for s in samples], numeric)
+    voted = majority([s["said"] for s in samples], gold)
     right, known = [s["right"] for s in samples], summary([samples])
 
     def answer_after(context: str) -> float | None:
@@ -210,7 +209,7 @@ def columns(row: dict) -> dict[str, float | None]:
         "log p(y|x+other)": answer_after("other"), "log p(y|x+z)": known["logp_y"],
         "ELBO": known["elbo"], "bound": multi_sample_bound(samples),
         "z": known["z_len"], "ends": known["finished"], **{part: known[part] for part in PARTS},
-        "reaches": known["reaches"], "follows": follows(samples, choices, numeric),
+        "reaches": known["reaches"], "follows": follows(samples, choices, gold),
         "r ~ right": known["reward_right"], "entropy": known["entropy"], "unique": known["unique"]}
 
 
@@ -296,7 +295,7 @@ def lengths(done: list[dict], L: int) -> dict[str, list[float]]:
 def majorities(row: dict, order: list[int]) -> list[float]:
     """majority_curve of one question's samples."""
     said = [s["said"] for s in row["samples"]]
-    forms = [canonical(answer, as_number(row["gold"]) is not None) for answer in said]
+    forms = [canonical(answer, row["gold"]) for answer in said]
     return majority_curve(forms, [same_answer(answer, row["gold"]) for answer in said], order)
 
 

@@ -69,8 +69,8 @@ class Args:
     date: str = flag(None, "day that a chat template prints (default: today)")
     out: str = flag("out", "directory of the run: a Hugging Face model, logs, state")
     # Objective.
-    objective: str = flag("latro", "sft: log pi(y|x), with gold z if any", ("latro", "sft"))
-    bound: str = flag("elbo", "iwae: the multi-sample bound", ("elbo", "iwae"))
+    objective: str = flag("latro", "sft: summed log pi(y|x), with gold z if any", ("latro", "sft"))
+    bound: str = flag("elbo", "iwae: log mean of pi(y|x+z) (pi_0/pi)^beta", ("elbo", "iwae"))
     reward: str = flag("logp", "prob: the reward is pi(y|x+z) itself", ("logp", "prob"))
     credit: str = flag("answer", "y: the answer, or template and answer", ("answer", "full"))
     beta: float = flag(0.05, "weight of the KL to the starting policy; 0 loads none", least=0)
@@ -333,9 +333,10 @@ def elbo(r: Tensor, slope: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Tensor
 
 
 def iwae(r: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for the bound log mean_k exp r_k (arXiv 2503.19618). A_k is the bound minus the
-    bound without rationale k. The answer term goes to rationale k by its share softmax(r)_k; beta
-    times that share is left of the KL's own gradient."""
+    """The same for the bound log mean_k exp r_k (arXiv 2503.19618), where beta is the exponent of
+    pi_0 / pi. A_k is the bound minus the bound without rationale k. The answer term goes to
+    rationale k by its share softmax(r)_k; of the gradient of log pi(z|x) in r_k, beta times that
+    share is left."""
     K = r.shape[1]
     itself = torch.eye(K, device=r.device) > 0
     others = r[:, None].expand(-1, K, K).masked_fill(itself, -math.inf).logsumexp(2)

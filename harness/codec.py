@@ -84,8 +84,8 @@ def chat_template_of(tokenizer, today: str | None) -> str:
         raise UserError(f"this model's chat template cannot be chosen ({short_error(e)})") from e
     template = CLOCK.sub(lambda call: json.dumps(day.strftime(call[2])), template)
     if "strftime_now(" in template:
-        raise UserError("this model's chat template prints the time in a form that is not a literal:"
-                        " prompts would change during a run; mend the template")
+        raise UserError("this model's chat template prints the time in a form that is not a"
+                        " literal: prompts would change during a run; mend the template")
     return template
 
 
@@ -167,13 +167,14 @@ class Codec:
         if rationale and not z:
             raise UserError(f"{place}: the rationale's first token would be part of the prompt;"
                             " mend the row")
-        x = self.ids(self.prompt(question)) if self.chat_template else self.plain_ids(self.prompt(question))
-        return Example(question, gold, x, answer, z, place, row.options)
+        return Example(question, gold, self.prompt_ids(question), answer, z, place, row.options)
 
-    def plain_ids(self, prompt: str) -> list[int]:
-        """The ids of a prompt with BOS, if the tokenizer adds one, and without the EOS that some
-        add."""
-        ids = self.tokenizer(prompt)["input_ids"]
+    def prompt_ids(self, question: str) -> list[int]:
+        """The ids of a prompt. Without a chat template, with BOS if the tokenizer adds one, but
+        without the EOS that some add."""
+        if self.chat_template:
+            return self.ids(self.prompt(question))
+        ids = self.tokenizer(self.prompt(question))["input_ids"]
         return ids[:-1] if ids[-1] in self.eos else ids
 
     def text(self, ids: list[int]) -> str:
@@ -186,7 +187,8 @@ def context_of(config) -> tuple[int, str]:
     reason = f"the model's context of {context}"
     if context < config.max_position_embeddings:
         reason += (f" (of its {config.max_position_embeddings} positions; longrope rotates longer"
-                   " sequences by other angles, so a token's log-prob would depend on what follows)")
+                   " sequences by other angles, so a token's log-prob would depend on what"
+                   " follows)")
     return context, reason
 
 

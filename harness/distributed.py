@@ -21,7 +21,7 @@ from .errors import UserError, printable
 
 
 def check_launch() -> None:
-    """Raises UserError for an environment that names a process, but not where to meet the others."""
+    """Raises UserError for an environment that names a process, but not where the others are."""
     needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     missing = [name for name in needed if name not in os.environ]
     if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):

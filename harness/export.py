@@ -32,7 +32,7 @@ def export_model(policy: nn.Module, weights: dict[str, Tensor], tokenizer, folde
         head.weight = nn.Parameter(head.weight.detach().clone())
     shell.generation_config = GenerationConfig()
     shell.save_pretrained(folder, max_shard_size="1TB")
-    # save_pretrained may refuse the base's generation_config, such as a temperature without sampling.
+    # save_pretrained refuses some of the bases' generation_configs: a temperature without sampling.
     policy.generation_config.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
     rewrite(folder / "config.json", with_rope_scaling, policy.model.rotary_emb.attention_scaling)

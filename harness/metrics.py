@@ -38,8 +38,8 @@ def records(codec, examples: list, groups: list[list], logp: Tensor,
         return next(sums) | dict(
             z=z, z_len=rationale.length, finished=not rationale.truncated,
             actions=len(rationale.actions), answers=len(rationale.y),
-            reaches=flexible(z, example.gold, example.options), end=own[-1], template=sum(own[-n - t:-n]),
-            answer=sum(own[-n:-1]))
+            reaches=flexible(z, example.gold, example.options), end=own[-1],
+            template=sum(own[-n - t:-n]), answer=sum(own[-n:-1]))
     return [[record(e, r) for r in group] for e, group in zip(examples, groups)]
 
 

@@ -172,7 +172,7 @@ def write_rows(folder, split="train", n=20, **fixed):
 
 def stops_of(V, *sequences):
     """The stop table of V tokens of which these sequences, no token in two, spell the template."""
-    texts, template = [""] * V, "ABCDEFG"[:max(map(len, sequences), default=1)]
+    texts, template = ["z"] * V, "ABCDEFG"[:max(map(len, sequences), default=1)]
     for sequence in sequences:
         for letter, token in zip(template, sequence):
             texts[token] = letter

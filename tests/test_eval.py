@@ -160,8 +160,8 @@ def sample(said, logp_y=-1.0, kl=0.0, right=False, z_len=3, finished=True, z="2 
 
 
 def record(said, samples, gold="4", text="", right=False):
-    return dict(question="?", gold=gold, options=[], said=said, text=text or f"The answer is {said}.",
-                right=right, direct=dict(template=-9.0, answer=-2.0, end=-0.5), samples=samples)
+    return dict(question="?", gold=gold, options=[], said=said,
+                text=text or f"The answer is {said}.", right=right, direct=dict(template=-9.0, answer=-2.0, end=-0.5), samples=samples)
 
 
 def test_columns():
@@ -197,9 +197,9 @@ def test_follows_ignores_spelling():
     said = [("4 apples.", "2 + 2 = 4."), ("$4.00", "2 + 2 = 4."), ("5", "2 + 2 = 4."), ("", "4"),
             ("no idea", "2 + 2 = 4.")]
     samples = [sample(answer, z=z) for answer, z in said]
-    assert grading.follows(samples, [], True) == 2 / 4
+    assert grading.follows(samples, [], "18") == 2 / 4
     samples = [sample("Copper.", z="It is not iron but copper."), sample("iron", z="So copper.")]
-    assert grading.follows(samples, ["copper", "iron"], False) == 1 / 2
+    assert grading.follows(samples, ["copper", "iron"], "iron") == 1 / 2
 
 
 def test_nan_is_an_error():

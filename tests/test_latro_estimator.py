@@ -29,7 +29,8 @@ from kernels import decode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 V, EOS, STOPS = 5, 4, [[3], [1, 2]]  # an EOS token, and a template in two variants
-CODEC = SimpleNamespace(stops=stops_of(V, *STOPS), eos=[EOS], template_at_start=[3], template_after_z=[1, 2])
+CODEC = SimpleNamespace(stops=stops_of(V, *STOPS), eos=[EOS], template_at_start=[3],
+                        template_after_z=[1, 2])
 BATCH = [data.Example("", "", x, answer, []) for x, answer in (
     ([0, 2, 1], [2, 0]), ([2], [4]), ([1, 0, 3, 2, 0], [0, 1, 4]), ([3, 1], [1, 4]))]
 COOL = 0.75  # a temperature that float32 holds exactly

@@ -5,8 +5,8 @@
     python toy/make.py --profile toy/model   # only describe an existing model; half a minute
 
 Writes train.jsonl, validation.jsonl and test.jsonl, with rows {"question", "chain", "answer"} and,
-except in train, "rationale", the careful one; and model/, an ordinary Hugging Face directory: a Llama
-of 0.67 M parameters, a word-level tokenizer.
+except in train, "rationale", the careful one; and model/, an ordinary Hugging Face directory: a
+Llama of 0.67 M parameters, a word-level tokenizer.
 A question is a chain of 3 or 4 operations, applied strictly left to right and told as a story:
 
     Question: Mia owns 14 cookies. On Monday the number doubles. On Tuesday she wins 5 more. On

@@ -48,7 +48,7 @@ def test_majority_curve(said):
     row, K = question_record(said), len(said)
 
     def wins(subset):
-        return same_answer(majority([said[i] for i in subset]), "18")
+        return same_answer(majority([said[i] for i in subset], "18"), "18")
     for seed in range(8):
         order = np.random.default_rng(seed).permutation(K)
         curve = grading.majorities(row, order.tolist())
@@ -66,7 +66,8 @@ def test_majority_curve_is_unbiased():
     row = question_record(said)
     means = np.mean([grading.majorities(row, order) for order in orders], axis=0)
     for k in range(1, 7):
-        verdicts = [same_answer(majority([*subset]), "18") for subset in combinations(said, k)]
+        verdicts = [same_answer(majority([*subset], "18"), "18")
+                    for subset in combinations(said, k)]
         assert means[k - 1] == pytest.approx(fmean(verdicts), abs=0.02)
 
 
