@@ -3,6 +3,7 @@
     python -m benchmarks logprob --models Llama-3.1-8B --tokens 16384 --plot
     python -m benchmarks score|sample|tune
     python -m benchmarks decode|rollout|update --models Llama-3.2-1B
+    python -m benchmarks gpu --minutes 25
 
 Results are written to DIR/COMMAND.json and DIR/COMMAND.md after every shape. The exit code is 1 if
 a candidate gave wrong results. Without CUDA the default model is a toy on the CPU, where our Triton
@@ -25,6 +26,7 @@ import torch
 
 from harness.errors import UserError
 
+from . import gpu
 from .loops import decode, measure_in_group, measure_in_subprocess, rollout, update
 from .operations import MODELS, logprob, sample, score, tune
 from .timing import device, measure, plot_by_model, plot_phases, table
@@ -88,7 +90,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         commands.choices[name].set_defaults(rounds=3, K=16, questions=16 if cuda else 8,
                                             L=256 if cuda else 48)
     commands.choices["tune"].set_defaults(models=["Llama-3.1-8B", "SmolLM2-135M"], tokens=[16384])
+    add_gpu_command(commands, options["out"], cuda)
     return parser.parse_args(argv)
+
+
+def add_gpu_command(commands, out: dict, cuda: bool) -> None:
+    command = commands.add_parser("gpu", description=gpu.__doc__, help="all of these, and the tests")
+    command.add_argument("--minutes", type=positive_integer, default=25, metavar="N",
+                         help="in all; a later call goes on (default: %(default)s)")
+    command.add_argument("--models", nargs=2, choices=SHAPES, metavar=("LARGE", "SMALL"),
+                         default=["Llama-3.1-8B", "Llama-3.2-1B"] if cuda else ["toy", "toy"],
+                         help="for the kernels and for the loops (default: %(default)s)")
+    command.add_argument("--commit", help="of a copy of the code that has no history")
+    command.add_argument("--into", type=Path, metavar="PAGE",
+                         help="run nothing: put DIR/gpu.md between the marks of this page")
+    command.add_argument("--out", **out)
 
 
 def environment(argv: list[str]) -> dict:
@@ -133,11 +149,23 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[dict]:
     return rows
 
 
+def gpu_command(args: argparse.Namespace, argv: list[str]) -> int:
+    """Exit code 1 if a part failed."""
+    if args.into:
+        gpu.insert(args.out / "gpu.md", args.into)
+        return 0
+    setup = environment(argv)
+    rows = gpu.run(args, setup | dict(commit=args.commit or setup["commit"]))
+    return int(any(row["status"] != "done" for row in rows))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 after a line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse(argv)
+        if args.command == "gpu":
+            return gpu_command(args, argv)
         rows = run(args, argv)
         if getattr(args, "plot", False):
             plot = plot_phases if args.command in LOOPS else plot_by_model
