@@ -23,6 +23,8 @@ import torch
 
 from kernels.decode import PACES
 
+from .errors import UserError
+
 CARDS = 16, 24, 40, 48, 80, 96, 141, 192  # GB
 H100_FLOPS, H100_BANDWIDTH = 989e12, 3.35e12  # bfloat16 operations and bytes per second
 UTILIZATION = 0.4  # the share of both that is reached: assumed
@@ -61,6 +63,7 @@ class Shape:
         self.rollout_rows = self.questions * args.K
         self.sampled = args.objective == "latro"
         self.has_reference = self.sampled and args.beta > 0
+        self.gathered_models = 2 if self.has_reference and W > 1 else 1  # if sharded
         self.checkpointing = bool(args.checkpointing)
 
         # One question tree: S tokens, of which T are scored.
@@ -107,7 +110,6 @@ def memory_phases(s: Shape, itemsize: int = 2) -> dict[str, dict[str, float]]:
     with_gradients = resident | dict(gradients=4 * shard)
     # With several micro-batches, the earlier ones have left gradients.
     during_backward = with_gradients if s.trees_per_pass < s.questions else resident
-    gathered_models = 2 if s.has_reference and s.W > 1 else 1  # a sharded reference counts too
 
     def rollout(gathered_parameters: int, tokens: int) -> dict[str, float]:
         # Dropping finished rows copies the keys, or the values, of half of the rows of one layer.
@@ -125,7 +127,7 @@ def memory_phases(s: Shape, itemsize: int = 2) -> dict[str, dict[str, float]]:
 
     recomputed = s.checkpointing * s.block_bytes(itemsize)
     block_gradients = itemsize * s.S * (s.D + 2 * s.mlp_width)
-    root = itemsize * s.root_parameters * gathered_models
+    root = itemsize * s.root_parameters * s.gathered_models
     scored = s.trees_per_pass * s.T
     head_gradient = itemsize * s.V * s.D
     hidden = s.trees_per_pass * s.S * s.D * (4 + 2 * itemsize)
@@ -138,7 +140,7 @@ def memory_phases(s: Shape, itemsize: int = 2) -> dict[str, dict[str, float]]:
             gathered=root + head_gradient + (3 * itemsize + 4) * s.block_parameters,
             activations=saved + s.trees_per_pass * (recomputed + block_gradients)),
         reduce=with_gradients | dict(gathered=root + (itemsize + 4) * s.root_parameters),
-        evaluate=rollout(s.parameters * gathered_models,
+        evaluate=rollout(s.parameters * s.gathered_models,
                          s.prompt_tokens + s.L + s.answer_tokens))
 
 
@@ -198,13 +200,23 @@ def peak_bytes(table: dict[str, dict[str, float]]) -> float:
 
 def needs_activation_checkpointing(config, args, W: int, device: torch.device) -> bool:
     """Whether a run on W such devices has to recompute activations. On a CPU, all processes are
-    assumed to share one host and half of its memory."""
+    assumed to share one host and half of its memory. Raises UserError for weights that no GPU of
+    this kind can hold."""
     if device.type == "cuda":
         available, itemsize = torch.cuda.get_device_properties(device).total_memory / 1.06, 2
     else:
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         available, itemsize = host / 2 / W, 4
-    return fit_to_memory(config, args, W, available, itemsize)[0].checkpointing
+    s, _ = fit_to_memory(config, args, W, available, itemsize)
+    if device.type == "cuda" and s.sampled and itemsize * s.parameters > available:
+        raise UserError(f"--model {args.model}: {what_is_gathered(s)}, and this one has"
+                        f" {available / 1e9:.0f} GB; take a smaller model")
+    return s.checkpointing
+
+
+def what_is_gathered(s: Shape) -> str:
+    return (f"a rollout gathers all {2e-9 * s.parameters * s.gathered_models:.0f} GB of weights on"
+            " each GPU, however many there are")
 
 
 def plan(config, args, W: int) -> str:
@@ -216,6 +228,8 @@ def plan(config, args, W: int) -> str:
             break
     verdict = (f"a card of {card} GB holds it" if fits else f"no card of {card} GB holds it: more"
                " GPUs, or lower --K, --L or --micro")
+    if s.sampled and 2e-9 * s.parameters * s.gathered_models > card:
+        verdict = f"no card of {card} GB holds it: {what_is_gathered(s)}; see docs/performance.md"
     rationales = W * s.questions * s.K
     total = [sum(parts.values()) / 1e9 for parts in table.values()]
 

@@ -46,7 +46,10 @@ def load_model(args, device: torch.device, dtype: torch.dtype, logprobs: Callabl
     """--model on its device, parameters in dtype, with this project's attention, sharded by FSDP2.
 
     `logprobs` (model, tree) becomes a method, so that FSDP's hooks gather the weights around it.
-    Activation checkpointing is on if the flag says so, or if --plan's arithmetic asks for it."""
+    Activation checkpointing is on if the flag says so, or if --plan's arithmetic asks for it.
+    Raises UserError, before anything is read, for a model that does not fit."""
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+    checkpointing = needs_activation_checkpointing(config, args, processes(), device)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             args.model, dtype="auto", use_safetensors=True, trust_remote_code=False,
@@ -58,7 +61,7 @@ def load_model(args, device: torch.device, dtype: torch.dtype, logprobs: Callabl
         raise UserError(f"--model {args.model}: its files lack {len(missing)} weights, such as"
                         f" {min(missing)}; fetch or save them again")
     model.logprobs = MethodType(logprobs, patch_model(model))
-    if needs_activation_checkpointing(model.config, args, processes(), device):
+    if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable",
                          model.gradient_checkpointing_enable)
         enable()

@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import latro
 from conftest import TOY
 from harness import data, distributed, memory
+from harness.errors import UserError
+from harness.model import load_config, load_model
 from kernels import decode
 
 SIZES = dict(vocab_size=1000, hidden_size=128, intermediate_size=360, num_hidden_layers=5,
@@ -262,8 +264,9 @@ def test_activations_are_recomputed_where_they_do_not_fit(device, itemsize, monk
     def needs_checkpointing(**flags):
         return memory.needs_activation_checkpointing(config, make_args(**flags), 1, device)
 
-    assert peak(True) < peak(False)
-    for available, expected in ((peak(False), False), (peak(False) - 1, True), (1, True)):
+    weights = itemsize * memory.Shape(config, make_args(), 1).parameters
+    assert weights < peak(True) < peak(False)
+    for available, expected in ((peak(False), False), (peak(False) - 1, True), (weights, True)):
         card = SimpleNamespace(total_memory=1.06 * available + 0.1)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
         monkeypatch.setattr(os, "sysconf", dict(SC_PAGE_SIZE=2, SC_PHYS_PAGES=available).get)
@@ -305,6 +308,24 @@ def test_what_each_flag_lowers(flags, lowered):
 
 
 def test_no_card_is_large_enough(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "CARDS", (1e-4,))
-    assert not latro.main(["--plan", "1"])
-    assert "no card" in capsys.readouterr().out
+    """More GPUs help, unless the weights alone are too large for one: all of them are gathered."""
+    monkeypatch.setattr(memory, "CARDS", (3e-3,))
+    assert not latro.main(["--plan", "8", "--questions", "8"])
+    assert "no card of 0.003 GB holds it: more GPUs" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "CARDS", (2e-3,))
+    for processes in ("8", "64"):
+        assert not latro.main(["--plan", processes, "--questions", "64"])
+        assert "however many there are" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, refused", [([], True), (["--objective", "sft"], False)])
+def test_a_model_that_no_gpu_can_hold_is_not_loaded(flags, refused, monkeypatch):
+    """SFT samples nothing, so nothing is gathered whole."""
+    args, device = latro.parse(flags), torch.device("cuda")
+    weights = 2 * memory.Shape(load_config(args)[0], args, 1).parameters
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", None)
+    for room, too_small in ((weights, False), (weights - 2, refused)):
+        card = SimpleNamespace(total_memory=1.06 * room + 0.1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+        with pytest.raises(UserError, match="each GPU, however many" if too_small else "be read"):
+            load_model(args, device, torch.bfloat16, latro.logprobs)
