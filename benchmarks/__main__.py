@@ -4,6 +4,7 @@
     python -m benchmarks score|sample|tune
     python -m benchmarks decode|rollout|update --models Llama-3.2-1B
     python -m benchmarks gpu --minutes 25
+    python -m benchmarks scaling
 
 Results are written to DIR/COMMAND.json and DIR/COMMAND.md after every shape. The exit code is 1 if
 a candidate gave wrong results. Without CUDA the default model is a toy on the CPU, where our Triton
@@ -26,7 +27,7 @@ import torch
 
 from harness.errors import UserError
 
-from . import gpu
+from . import gpu, scaling
 from .loops import decode, measure_in_group, measure_in_subprocess, rollout, update
 from .operations import MODELS, logprob, sample, score, tune
 from .timing import device, measure, plot_by_model, plot_phases, table
@@ -91,6 +92,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                                             L=256 if cuda else 48)
     commands.choices["tune"].set_defaults(models=["Llama-3.1-8B", "SmolLM2-135M"], tokens=[16384])
     add_gpu_command(commands, options["out"], cuda)
+    add_scaling_command(commands, options)
     return parser.parse_args(argv)
 
 
@@ -105,6 +107,15 @@ def add_gpu_command(commands, out: dict, cuda: bool) -> None:
     command.add_argument("--into", type=Path, metavar="PAGE",
                          help="run nothing: put DIR/gpu.md between the marks of this page")
     command.add_argument("--out", **out)
+
+
+def add_scaling_command(commands, options: dict) -> None:
+    command = commands.add_parser("scaling", description=scaling.__doc__,
+                                  help="how the cost of an update grows")
+    command.add_argument("--only", nargs="+", choices=scaling.CANDIDATES, metavar="NAME",
+                         help=f"of {', '.join(scaling.CANDIDATES)}")
+    command.add_argument("--rounds", **options["rounds"] | dict(default=3))
+    command.add_argument("--out", **options["out"])
 
 
 def environment(argv: list[str]) -> dict:
@@ -166,6 +177,9 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         if args.command == "gpu":
             return gpu_command(args, argv)
+        if args.command == "scaling":
+            scaling.run(args, environment(argv))
+            return 0
         rows = run(args, argv)
         if getattr(args, "plot", False):
             plot = plot_phases if args.command in LOOPS else plot_by_model

@@ -51,10 +51,14 @@ class Workload:
     batch      questions: random prompts and answers
     lengths    (N,) tokens of each rationale, EOS included; one of L tokens has been cut
     uniform    (N, L) numbers for sample_rationales that give rationales of exactly these lengths
-    optimizer  None without training. Its learning rate is 0, or EOS might become likely"""
+    optimizer  None without training. Its learning rate is 0, or EOS might become likely
 
-    def __init__(self, model: str, args: argparse.Namespace, train: bool):
-        self.folder, self.name, place = TemporaryDirectory(), model, torch.device(device())
+    `changed`: other sizes than the model's own. `prompt_tokens`: least and most of a question."""
+
+    def __init__(self, model: str, args: argparse.Namespace, train: bool,
+                 changed: dict | None = None, prompt_tokens: tuple[int, int] | None = None):
+        self.sizes = SHAPES[model] | (changed or {})
+        self.folder, place = TemporaryDirectory(), torch.device(device())
         self.args = latro.Args(**(latro.PRESETS["toy"] if model == "toy" else {}) | dict(
             model=self.folder.name, questions=args.questions, K=args.K, L=args.L, steps=1, lr=0.0))
         self.dtype = distributed.compute_dtype(place)
@@ -66,11 +70,12 @@ class Workload:
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0,
                                            fused=True) if train else None
         self.shape, self.eos = Shape(self.policy.config, self.args, 1), self.policy.vocab_size - 1
-        self.draw_questions(args.questions, args.K, args.L)
+        self.draw_questions(args.questions, args.K, args.L, prompt_tokens or (
+            TOY_PROMPT_TOKENS if model == "toy" else PROMPT_TOKENS))
 
     def save_random_model(self, place: torch.device) -> None:
         """Writes a model of random weights to the folder."""
-        config = transformers.LlamaConfig(**dict(tie_word_embeddings=True) | SHAPES[self.name],
+        config = transformers.LlamaConfig(**dict(tie_word_embeddings=True) | self.sizes,
                                           max_position_embeddings=2**17, bos_token_id=None,
                                           eos_token_id=None)
         torch.manual_seed(0)
@@ -78,16 +83,15 @@ class Workload:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         model.save_pretrained(self.folder.name)
 
-    def draw_questions(self, B: int, K: int, L: int) -> None:
+    def draw_questions(self, B: int, K: int, L: int, prompt_tokens: tuple[int, int]) -> None:
         """Draws questions, lengths and uniform numbers, always the same."""
         rng = np.random.default_rng(0)
 
         def random_ids(n: int) -> list[int]:
             return rng.integers(self.eos, size=n).tolist()
-        least, most = TOY_PROMPT_TOKENS if self.name == "toy" else PROMPT_TOKENS
         self.batch = [
             Example("", "", random_ids(n), [*random_ids(ANSWER_TOKENS - 1), self.eos], [])
-            for n in rng.integers(least, most, size=B, endpoint=True)]
+            for n in rng.integers(*prompt_tokens, size=B, endpoint=True)]
         lengths = np.ceil(MEDIAN * L * rng.lognormal(0, SPREAD, B * K)).clip(1, L).astype(int)
         uniform = BELOW_EOS * rng.random((B * K, L))
         uniform[lengths < L, lengths[lengths < L] - 1] = 1.0
