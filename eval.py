@@ -46,9 +46,9 @@ from tqdm import tqdm
 import latro  # before transformers: see there
 from harness.answers import RULES, canonical, flexible, majority, same_answer
 from harness.checkpoint import append_jsonl, atomic_write, read_jsonl
-from harness.codec import Example, load_codec
+from harness.codec import Example
 from harness.config import load_run_config
-from harness.data import TASKS, encode, read_rows
+from harness.data import TASKS, encode, load_codec_and_train_rows, read_rows
 from harness.distributed import (all_gather_list, compute_dtype, exit_process, init_distributed,
                                  is_main_process, local_slice, processes, unsharded)
 from harness.errors import UserError, run_cli, usage_error
@@ -112,6 +112,8 @@ def settings(flags: argparse.Namespace) -> latro.Args:
         temperature=flags.temperature, credit="answer", bound="elbo", reward="logp",
         truncation_penalty=0.0, checkpointing=False)
     own["date"] = own.get("date") or date.today().isoformat()
+    if own.get("task") != saved["args"].get("task"):
+        own["prompt"] = None  # the other task's own
     needed = dict(task="task", data="data", base="model")
     if missing := [f"--{flag}" for flag, k in needed.items() if not own.get(k)]:
         raise UserError(f"--ckpt {first} has no latro.json that says so: give {', '.join(missing)}")
@@ -330,8 +332,9 @@ def models_by_row(flags: argparse.Namespace, base: str) -> dict[str, str]:
 def grade(flags: argparse.Namespace, args: latro.Args) -> dict[str, list[dict]]:
     """The records of every row."""
     models, device = models_by_row(flags, args.model), init_distributed(args.timeout)
-    codec = load_codec(args)
-    questions = read_rows(args, flags.split)[:flags.questions or None]
+    codec, train_rows = load_codec_and_train_rows(args)
+    questions = train_rows if flags.split == "train" else read_rows(args, flags.split)
+    questions = questions[:flags.questions or None]
     if not questions:
         raise UserError(f"--data {args.data}: no {flags.split} split; see --split")
     examples = encode(codec, questions, args)

@@ -40,7 +40,7 @@ from harness.answers import answer_in, same_answer
 from harness.checkpoint import append_jsonl, init_run_dir, restore_checkpoint, save_checkpoint
 from harness.codec import Codec, Example
 from harness.config import flag
-from harness.data import TASKS, load_datasets
+from harness.data import PROMPTS, TASKS, load_datasets
 from harness.distributed import (all_gather_list, assign_micro_batches, backward,
                                  catch_stop_signals, compute_dtype, exit_process,
                                  init_distributed, is_main_process, local_slice, print0, processes,
@@ -48,7 +48,7 @@ from harness.distributed import (all_gather_list, assign_micro_batches, backward
 from harness.errors import DIVERGENCE_HINT, UserError, run_cli, timed
 from harness.metrics import check_finite, peak_memory, records, summary, throughput
 from harness.model import load_config, load_model
-from harness.report import HEADLINES, before_and_after
+from harness.report import HEADLINES, before_and_after, how_rationales_end
 from kernels import token_logprobs
 from kernels.attention import Layout, build_layout
 from kernels.decode import CUDAGraphRunner, Decoder, DecodeState, compact
@@ -66,6 +66,9 @@ class Args:
     model: str = flag(None, "hub id or directory; the toy ships with this file")
     task: str = flag(None, "kind of question", (*TASKS,))
     data: str = flag(None, "directory with train.jsonl and test.jsonl, or a hub id")
+    prompt: str = flag(None, 'what is asked, with "{question}" in it')
+    system: str = flag(None, "what precedes it; with a chat template, the system turn")
+    shots: int = flag(0, "worked examples in the prompt: training rows with a rationale", least=0)
     date: str = flag(None, "day that a chat template prints (default: today)")
     out: str = flag("out", "directory of the run: a Hugging Face model, logs, state")
     # Objective.
@@ -108,8 +111,9 @@ PRESETS = {  # where a task differs from the paper's GSM8K run, which the defaul
     "toy": dict(model=str(HERE / "toy/model"), data=str(HERE / "toy"), L=48, lr=3e-4, steps=50,
                 epochs=None, questions=8, eval_every=0, save_every=0),
     "gsm8k": dict(data="openai/gsm8k"),
-    "arc_challenge": dict(data="allenai/ai2_arc", beta=0.25, epochs=12.0),
+    "arc_challenge": dict(data="allenai/ai2_arc", beta=0.25, epochs=12.0), "qa": {},
 }
+PRESETS = {task: dict(prompt=PROMPTS[task]) | own for task, own in PRESETS.items()}
 
 
 # ------------------------------------------------------------------------------ 2. rationales
@@ -467,9 +471,12 @@ def evaluate_and_log(step: int, policy, reference, codec, held_out, args: Args) 
     done = evaluate(policy, reference, codec, held_out, args)
     greedy = float(np.mean([row["right"] for row in done]))
     sampled = float(np.mean([sample["right"] for row in done for sample in row["samples"]]))
+    means = summary([row["samples"] for row in done])
     log(args, "evals", dict(step=step, split="held-out", n=len(done), greedy=greedy,
-                            sampled=sampled, **summary([row["samples"] for row in done])))
+                            sampled=sampled, **means))
     log(args, "samples", dict(step=step, split="held-out", questions=done[:3]))
+    if step == 0:
+        print0(how_rationales_end(means))
 
 
 # ------------------------------------------------------------------------------ 7. training

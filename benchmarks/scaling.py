@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import latro
 from harness import distributed
 from latro import Rationale
 

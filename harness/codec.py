@@ -6,6 +6,7 @@ A question is tokenised once. Nothing that was sampled is decoded and tokenised 
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import date
 from typing import NamedTuple
 
@@ -97,10 +98,13 @@ class Codec:
     reply; it and the ids of `eos` end one."""
 
     def __init__(self, tokenizer, eos: list[int], vocab_size: int | None = None,
-                 context: tuple[int, str] = (2**30, ""), today: str | None = None):
+                 context: tuple[int, str] = (2**30, ""), today: str | None = None,
+                 prompt: str = "{question}", system: str = "", shots: Sequence = ()):
         """`context`: the most tokens of a sequence, and why not more. `today`: the day that a chat
-        template prints, in ISO format."""
+        template prints, in ISO format. `prompt`: what is asked, with "{question}" in it. `system`:
+        what precedes it. `shots`: data.Rows, each shown with its rationale and answer."""
         self.tokenizer, self.context = tokenizer, context
+        self.user_prompt, self.system, self.shots = prompt, system, shots
         self.chat_template = chat_template_of(tokenizer, today) if tokenizer.chat_template else None
         self.turn_end = self.find_turn_end(eos)
         self.eos = [*dict.fromkeys([*eos, self.turn_end])]
@@ -131,19 +135,37 @@ class Codec:
         """The ids of `text` at the start of a reply; [] as in `after`."""
         return self.after(self.prompt("a"), text if self.chat_template else " " + text)
 
-    def render(self, *contents: str) -> str:
-        """A conversation in the chat template: a question, and perhaps its reply."""
-        turns = [dict(role=role, content=c) for role, c in zip(("user", "assistant"), contents)]
+    def turns(self, question: str, *reply: str) -> list[tuple[str, str]]:
+        """(role, content) of a conversation: system, worked examples, a question, and perhaps its
+        reply."""
+        shown = [(self.user_prompt.replace("{question}", s.question),
+                  f"{s.rationale} {TEMPLATE} {s.gold.removesuffix('.')}.") for s in self.shots]
+        pairs = [*shown, (self.user_prompt.replace("{question}", question), *reply)]
+        said = [turn for pair in pairs for turn in zip(("user", "assistant"), pair)]
+        return [("system", self.system), *said] if self.system else said
+
+    def render(self, question: str, *reply: str) -> str:
+        """A conversation in the chat template."""
+        turns = [dict(role=role, content=text) for role, text in self.turns(question, *reply)]
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, chat_template=self.chat_template,
-                add_generation_prompt=len(turns) == 1, tokenize=False)
+            text = self.tokenizer.apply_chat_template(
+                turns, chat_template=self.chat_template, add_generation_prompt=not reply,
+                tokenize=False)
         except Exception as e:  # a template is a program
-            raise UserError(f"this model's chat template fails ({short_error(e)}); mend it") from e
+            hint = "leave out --system" if self.system else "mend it"
+            raise UserError(f"this model's chat template fails ({short_error(e)}); {hint}") from e
+        if self.system.strip() not in text:
+            raise UserError("this model's chat template leaves --system out; put it into --prompt")
+        return text
 
     def prompt(self, question: str) -> str:
         """What a reply follows."""
-        return self.render(question) if self.chat_template else f"Question: {question}\nAnswer:"
+        if self.chat_template:
+            return self.render(question)
+        names = dict(system="", user="Question: ", assistant="Answer: ")
+        ends = dict(system="\n\n", user="\n", assistant="\n\n")
+        text = "".join(names[role] + said + ends[role] for role, said in self.turns(question))
+        return text + "Answer:"
 
     def find_turn_end(self, eos: list[int]) -> int:
         """The token with which the chat template closes a reply. The first of `eos` if there is no
@@ -192,7 +214,7 @@ def context_of(config) -> tuple[int, str]:
     return context, reason
 
 
-def load_codec(args) -> Codec:
+def load_codec(args, prompt: str, shots: Sequence) -> Codec:
     """The codec of --model. Raises UserError where no EOS is known."""
     config, tokenizer = load_config(args)
     try:
@@ -202,4 +224,5 @@ def load_codec(args) -> Codec:
     eos = [t for t in (*np.atleast_1d(eos).tolist(), tokenizer.eos_token_id) if t is not None]
     if not eos:
         raise UserError(f"--model {args.model}: no EOS in its configuration or tokenizer; set one")
-    return Codec(tokenizer, eos, config.vocab_size, context_of(config), args.date)
+    return Codec(tokenizer, eos, config.vocab_size, context_of(config), args.date, prompt,
+                 args.system or "", shots)

@@ -100,6 +100,8 @@ def check_args(args):
             raise UserError(f"{option(f.name)} {value}: must not be empty")
         if least is not None and value is not None and not least <= value < math.inf:
             raise UserError(f"{option(f.name)} {value}: must be at least {least}")
+    if "{question}" not in (args.prompt or "{question}"):
+        raise UserError(f"--prompt {args.prompt}: must say where the question goes: {{question}}")
     if args.model is None or args.data is None:
         raise UserError(f"--task {args.task} needs --model and --data: hub ids or directories")
     if args.steps and args.epochs:

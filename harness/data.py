@@ -18,7 +18,7 @@ from .errors import UserError, short_error
 class Row(NamedTuple):
     """A row of a data set, as text."""
 
-    question: str
+    question: str  # with its options
     gold: str
     rationale: str = ""  # "" without one
     options: tuple[str, ...] = ()  # that the question offers
@@ -26,13 +26,12 @@ class Row(NamedTuple):
 
 def gsm8k(row: dict) -> Row:
     steps, gold = row["answer"].rsplit("####", 1)
-    return Row(f"{row['question']} Let's think step by step.", gold,
-               re.sub("<<.*?>>", "", steps))
+    return Row(row["question"], gold, re.sub("<<.*?>>", "", steps))
 
 
 def arc_challenge(row: dict) -> Row:
     options = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-    lines = [row["question"], *(f"- {o}" for o in options.values()), "Let's think step by step."]
+    lines = [row["question"], *(f"- {o}" for o in options.values())]
     return Row("\n".join(lines), options[row["answerKey"]], "", (*options.values(),))
 
 
@@ -41,6 +40,8 @@ def qa(row: dict) -> Row:
 
 
 TASKS = {"gsm8k": gsm8k, "arc_challenge": arc_challenge, "toy": qa, "qa": qa}
+PROMPTS = {"gsm8k": "{question} Let's think step by step.", "toy": "{question}", "qa": "{question}",
+           "arc_challenge": "{question}\nLet's think step by step."}
 CONFIGS = {"gsm8k": "main", "arc_challenge": "ARC-Challenge"}  # names within the hub's data sets
 
 
@@ -94,6 +95,28 @@ def parse_row(place: str, row: dict, task: str) -> Row:
         raise UserError(f"{place}: not a row of --task {task} ({short_error(e)})") from e
 
 
+def take_shots(rows: list[tuple[str, dict]], args) -> tuple[list[Row], list[tuple[str, dict]]]:
+    """The first --shots training rows that have a rationale, as worked examples, and the others:
+    what the prompt shows is neither trained on nor graded. Raises UserError if there are too few."""
+    shots, others = [], []
+    for place, row in rows:
+        parsed = parse_row(place, row, args.task) if len(shots) < args.shots else None
+        if parsed and parsed.rationale:
+            shots.append(parsed)
+        else:
+            others.append((place, row))
+    if len(shots) < args.shots:
+        raise UserError(f"--shots {args.shots}: only {len(shots)} rows of {args.data} train have a"
+                        " rationale to show")
+    return shots, others
+
+
+def load_codec_and_train_rows(args) -> tuple[Codec, list[tuple[str, dict]]]:
+    """The codec, whose prompts show the worked examples, and the training rows without these."""
+    shots, rows = take_shots(read_rows(args, "train"), args)
+    return load_codec(args, args.prompt or PROMPTS[args.task], shots), rows
+
+
 def encode(codec: Codec, rows: list[tuple[str, dict]], args) -> list[Example]:
     """Rows as token ids. Raises UserError for a row that the model's context cannot hold."""
     examples = [codec.example(place, parse_row(place, row, args.task)) for place, row in rows]
@@ -113,8 +136,8 @@ def load_datasets(args) -> tuple[Codec, list[Example], list[Example]]:
     held-out question is left out. The test split is never read: whoever looks at it while training
     selects by it."""
     args.date, *_ = all_gather_list([args.date])  # the same prompts on every rank at midnight too
-    codec = load_codec(args)
-    rows, held_out = read_rows(args, "train"), read_rows(args, "validation")
+    codec, rows = load_codec_and_train_rows(args)
+    held_out = read_rows(args, "validation")
     if not held_out:
         n = max(1, len(rows) // 16)
         rows, held_out = rows[:-n], rows[-n:]

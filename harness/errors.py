@@ -14,6 +14,9 @@ OOM_HINTS = dict(sample="--K, --L or --questions",
                  score="--micro, --K or --L, or take --checkpointing",
                  backward="--micro, --K or --L, or take --checkpointing",
                  step="--shard, or take more GPUs")
+# torchrun ends all processes as soon as one has ended, so the others wait this long for the main
+# one's report.
+REPORT_SECONDS = 10
 DIVERGENCE_HINT = "try a lower --lr, a higher --beta, or another --seed"
 
 
@@ -101,4 +104,6 @@ def run_cli(program: str, work: Callable[[], None], lower: str, kept: str) -> in
             dist.destroy_process_group()
     if message:
         print(printable(f"{program}: {message}"), file=sys.stderr)
+    else:
+        time.sleep(REPORT_SECONDS)
     return 1

@@ -34,9 +34,10 @@ def records(codec, examples: list, groups: list[list], logp: Tensor,
         n = len(example.answer)
         # The template is part of y, or of what ended z.
         t = len(rationale.y) - n or len(rationale.actions) - rationale.length
-        z = codec.text(rationale.actions[:rationale.length])
+        z, ended_by = rationale.actions[:rationale.length], rationale.actions[rationale.length:]
+        z, is_eos = codec.text(z), len(ended_by) == 1 and ended_by[0] in codec.eos
         return next(sums) | dict(
-            z=z, z_len=rationale.length, finished=not rationale.truncated,
+            z=z, z_len=rationale.length, finished=not rationale.truncated, eos=is_eos,
             actions=len(rationale.actions), answers=len(rationale.y),
             reaches=flexible(z, example.gold, example.options), end=own[-1],
             template=sum(own[-n - t:-n]), answer=sum(own[-n:-1]))
@@ -48,7 +49,8 @@ def summary(questions: list[list[dict]]) -> dict:
 
     elbo is E[log pi(y|x+z)] - KL whatever beta is, None without pi_0. reward_right: the correlation
     of the reward with being right, within questions where both vary. unique: the share of different
-    rationales. entropy: estimated, per token."""
+    rationales. entropy: estimated, per token. finished, eos: the share that L did not cut, and of
+    those that EOS ended."""
     samples = [s for q in questions for s in q]
 
     def mean(key: str) -> float:
@@ -57,7 +59,7 @@ def summary(questions: list[list[dict]]) -> dict:
     pairs = [np.array([(s["reward"], s.get("right", s["reaches"])) for s in q], float)
              for q in questions]
     correlations = [np.corrcoef(p.T)[0, 1] for p in pairs if (p.std(0) > 0).all()]
-    means = {k: mean(k) for k in "reward z_len finished template answer end reaches".split()}
+    means = {k: mean(k) for k in "reward z_len finished eos template answer end reaches".split()}
     return dict(elbo=None if kl is None else mean("logp_y") - kl, logp_y=mean("logp_y"), kl=kl,
                 **means,
                 reward_std=float(np.mean([np.std([s["reward"] for s in q]) for q in questions])),

@@ -14,6 +14,7 @@ from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 
+from .answers import TEMPLATE
 from .checkpoint import atomic_write, read_jsonl
 from .errors import UserError, printable, short_error
 from .statistics import Estimate
@@ -28,7 +29,18 @@ OUTCOMES = {(False, True): "fixed", (True, False): "broken", (True, True): "both
 PAGE = Path(__file__).with_name("report.html")
 
 
-# ------------------------------------------------------------------------------ after training
+# ------------------------------------------------------------------------------ a run
+def how_rationales_end(means: dict) -> str:
+    """One line before training: where the policy never writes the template, little is learned."""
+    by_template = means["finished"] - means["eos"]
+    line = (f"rationales end by the template {by_template:.0%}, EOS {means['eos']:.0%},"
+            f" L {1 - means['finished']:.0%}")
+    if by_template < 0.5:
+        line += (f': few write "{TEMPLATE}"; try --shots 4, a --prompt that asks for it, a larger'
+                 " --L, or SFT first")
+    return line
+
+
 def before_and_after(out: Path) -> str:
     """What a run has changed on its held-out questions: metrics, and three replies."""
     evals, samples = (read_jsonl(out / f"{name}.jsonl") for name in ("evals", "samples"))

@@ -13,7 +13,7 @@ import pytest
 import eval as grading
 import latro
 from harness import errors, report, statistics
-from conftest import HELD, ROOT, TINY, TOY, launch, start
+from conftest import HELD, ROOT, TINY, TOY, launch, start, write_rows
 from test_distributed import assert_close
 
 
@@ -155,7 +155,7 @@ def test_temperature_is_1_whatever_the_run_was_trained_at(run, tmp_path):
 
 def sample(said, logp_y=-1.0, kl=0.0, right=False, z_len=3, finished=True, z="2 + 2 = 4."):
     return dict(said=said, right=right, logp_y=logp_y, logp_z=kl - 5, logp0_z=-5.0, z_len=z_len,
-                finished=finished, z=z, actions=z_len + 3, reward=logp_y, reaches="4" in z,
+                finished=finished, eos=False, z=z, actions=z_len + 3, reward=logp_y, reaches="4" in z,
                 template=-0.5, answer=logp_y + 0.1, end=-0.1)
 
 
@@ -190,6 +190,32 @@ def test_missing_values():
     assert base["follows"] == base["r ~ right"] == (None, None, None)
     assert run["follows"].mean == 0.5 and run["r ~ right"].mean == pytest.approx(1)
     assert "nan" not in report.markdown(grading.results(rows), 2)
+
+
+def test_prompts_are_those_of_the_run(tmp_path, monkeypatch):
+    """For every row of the table, also --shots, whose rows are not graded; another task has its
+    own prompt."""
+    made = write_rows(tmp_path / "data", n=8)
+    rows = [row | dict(rationale=f"On Monday {i + 3} + 2 = {i + 5}.") for i, row in enumerate(made)]
+    for split in ("train", "test"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "data" / f"{split}.jsonl").write_text(text)
+    flags = f"--task qa --model {TOY} --data {tmp_path / 'data'} --steps 1 --L 24 --K 2".split()
+    run = start(*flags, "--questions", 2, "--shots", 1, "--prompt", "Well {question}",
+                out=tmp_path / "run")
+    asked = []
+    encode = grading.encode
+    monkeypatch.setattr(grading, "encode", lambda codec, *a: asked.append(codec) or encode(codec, *a))
+    found = grade(run, tmp_path / "a", "--split", "train")
+    assert [r["question"] for r in found["rows"]["base"]] == [row["question"] for row in rows[1:]]
+    for _ in range(2):
+        turns = asked[-1].turns("x")
+        assert turns == [("user", "Well " + rows[0]["question"]),
+                         ("assistant", f"{rows[0]['rationale']} The answer is 5."),
+                         ("user", "Well x")]
+        grade(run, tmp_path / "a", "--split", "train")
+    grade(run, tmp_path / "b", "--task", "toy")
+    assert asked[-1].turns("x")[-1] == ("user", "x")
 
 
 def test_follows_ignores_spelling():

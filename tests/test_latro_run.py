@@ -134,7 +134,7 @@ def test_every_flag_is_recorded(tmp_path):
                  beta=0.1, temperature=1.2, questions=3, micro=2, steps=1, lr=1e-4, warmup=1,
                  grad_clip=0.5, answer_weight=0.5, truncation_penalty=1.0, eval_every=1,
                  eval_questions=3, save_every=1, keep=1, timeout=9.0, seed=3, kernels="torch",
-                 date="2026-07-26")
+                 date="2026-07-26", prompt="{question} Well", system="Tom", shots=0)
     given = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
     out = start(*given, "--no-checkpointing", out=tmp_path / "out")
     noted = json.loads((out / "latro.json").read_text())["args"]
@@ -312,6 +312,24 @@ def test_same_flags_same_run(tmp_path, default):
     again = start(*TINY, "--steps", 2, out=tmp_path / "out")
     assert untimed(rows(again)) == untimed(rows(default))
     assert contents(again)[weights] == contents(default)[weights]
+
+
+@pytest.mark.parametrize("means, words, absent", [
+    (dict(finished=1.0, eos=0.0), ["template 100%, EOS 0%, L 0%"], "try"),
+    (dict(finished=0.75, eos=0.5), ["template 25%, EOS 50%, L 25%", "--shots", "--L"], "100%")])
+def test_how_rationales_end(means, words, absent):
+    line = latro.how_rationales_end(means)
+    assert all(word in line for word in words)
+    assert absent not in line and "\n" not in line
+
+
+def test_a_run_says_how_rationales_end(tmp_path, capsys):
+    """The shares of the first evaluation, once."""
+    out = start(*TINY, "--steps", 1, out=tmp_path / "out")
+    before = rows(out, "evals")[0]
+    samples = rows(out, "samples")[0]["questions"][0]["samples"]
+    assert before["eos"] == sum(s["eos"] for s in samples) / len(samples)
+    assert capsys.readouterr().out.count(latro.how_rationales_end(before)) == 1
 
 
 def test_sizes_act(tmp_path):

@@ -114,6 +114,47 @@ def test_plain_prompt_has_one_bos():
     assert tokenizer.decode(example.answer) == " 18.</s>"
 
 
+SHOTS = Row("One?", "1", "It is 1."), Row("Two?", "2.", "1 + 1 = 2.")
+
+
+def test_prompt_with_examples_without_a_chat_template():
+    codec = Codec(tokenizer_of_bytes(), [2], prompt="Q: {question} {x}", system="Be brief.",
+                  shots=SHOTS)
+    example = codec.example("here", Row("How many?", "18", "9 + 9 = 18."))
+    assert codec.tokenizer.decode(example.x) == (
+        "<s>Be brief.\n\nQuestion: Q: One? {x}\nAnswer: It is 1. The answer is 1.\n\n"
+        "Question: Q: Two? {x}\nAnswer: 1 + 1 = 2. The answer is 2.\n\n"
+        "Question: Q: How many? {x}\nAnswer:")
+    assert codec.tokenizer.decode(example.z) == " 9 + 9 = 18." and example.question == "How many?"
+
+
+def test_prompt_with_examples_in_a_chat_template():
+    """As turns of their own; ids are those of the template's own rendering."""
+    codec = Codec(tokenizer_of_bytes(CHAT), [2], prompt="Q: {question}", system="Be brief.",
+                  shots=SHOTS)
+    example = codec.example("here", Row("How many?", "18", "9 + 9 = 18."))
+    turns = [("system", "Be brief."), ("user", "Q: One?"),
+             ("assistant", "It is 1. The answer is 1."), ("user", "Q: Two?"),
+             ("assistant", "1 + 1 = 2. The answer is 2."), ("user", "Q: How many?")]
+    turns = [dict(role=role, content=text) for role, text in turns]
+    given = codec.tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert example.x == given
+    turns.append(dict(role="assistant", content="9 + 9 = 18. The answer is 18."))
+    whole = codec.tokenizer.apply_chat_template(turns)["input_ids"]
+    reply = example.x + example.z + codec.template_after_z + example.answer
+    assert reply == whole[:len(reply)] and codec.turn_end == example.answer[-1] == 3
+
+
+def test_a_template_that_leaves_the_system_turn_out():
+    silent = CHAT.replace("{% for m in messages %}",
+                          "{% for m in messages if m['role'] != 'system' %}")
+    with pytest.raises(errors.UserError, match="leaves --system out; put it into --prompt"):
+        Codec(tokenizer_of_bytes(silent), [2], system="Be brief.")
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    with pytest.raises(errors.UserError, match="no system.*leave out --system"):
+        Codec(tokenizer_of_bytes(refuses + CHAT), [2], system="Be brief.")
+
+
 @pytest.mark.parametrize("chat_template", [None, CHAT], ids=["plain", "chat"])
 def test_a_prompt_never_ends_with_eos(chat_template):
     """Some tokenizers add EOS to every text (add_eos_token)."""

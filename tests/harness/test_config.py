@@ -2,9 +2,11 @@
 out, without a traceback and without touching a file. A run that diverges ends in the same way."""
 
 import json
+import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from transformers import (
     AutoModelForCausalLM, AutoTokenizer, CLIPConfig, Gemma2Config, GPT2Config, MambaConfig,
     Qwen2Config, T5Config)
 
-import latro
-from conftest import TINY, TOY, contents, launch, rows, start, write_rows
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is also a script
+from conftest import ROOT, TINY, TOY, contents, launch, rows, start, write_rows
+
+import latro  # after conftest, which puts the repository on the path
 
 BAR = re.compile(r"\d+%\||it/s\]|^\x1b\[A$")  # a progress bar
 FLAGS = f"--model {TOY} --task qa --data data --steps 1 --questions 2 --K 2 --L 8".split()
@@ -97,6 +101,10 @@ def test_bad_flag_with_default_settings(flags, words, refusal):
     assert not Path("out").exists()
 
 
+def test_prompt_without_a_question(refusal):
+    assert_has(refusal(*FLAGS, "--prompt", "Think!"), "--prompt Think!", "{question}")
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--questions 3", ["--questions 3", "2 processes"]), ("--questions 4 --shard 3", ["--shard 3"]),
 ])  # fmt: skip
@@ -131,8 +139,10 @@ def test_one_line_from_the_shell():
 
 
 @pytest.mark.slow
-def test_one_line_from_two_processes():
-    code, _, errors = launch(*FLAGS, "--questions", 3, processes=2)
+@pytest.mark.parametrize("script", [ROOT / "latro.py", __file__], ids=["", "the first is slow"])
+def test_one_line_from_two_processes(script):
+    """torchrun ends all processes as soon as one has ended."""
+    code, _, errors = launch(*FLAGS, "--questions", 3, processes=2, script=script)
     lines = [s for s in errors.splitlines() if "latro.py: " in s]
     assert code != 0
     assert len(lines) == 1 and "--questions 3" in lines[0]  # the main process reports for all
@@ -360,3 +370,8 @@ def test_gradient_that_is_not_finite_after_resuming(refusal):
     assert_has(refusal("--resume", "--out", "out"), "update 2")
     after = contents(out)
     assert before and all(after[k] == v for k, v in before.items())
+
+
+if __name__ == "__main__":
+    time.sleep(3 * (os.environ["RANK"] == "0"))
+    latro.exit_process(latro.main())

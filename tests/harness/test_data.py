@@ -63,7 +63,6 @@ def test_real_rows(task, split, count):
     for _, row in read:
         question, gold, rationale, options = data.parse_row("here", row, task)
         assert row["question"].strip() in question and gold
-        assert question.endswith("Let's think step by step.")
         assert answers.same_answer(f" {gold}.", gold)
         if task == "gsm8k":
             assert row["answer"].endswith(f"#### {gold}") and rationale
@@ -81,7 +80,7 @@ def test_real_rows(task, split, count):
 def test_gsm8k_rationale_reads_as_text():
     row = dict(question="How many?", answer="He has 48/2 = <<48/2=24>>24 clips.\n#### 1,024")
     assert data.parse_row("here", row, "gsm8k") == (
-        "How many? Let's think step by step.", "1,024", "He has 48/2 = 24 clips.", ())
+        "How many?", "1,024", "He has 48/2 = 24 clips.", ())
 
 
 def test_rows_are_lines_whatever_they_contain(tmp_path):
@@ -145,6 +144,43 @@ def test_a_training_row_that_is_held_out_is_left_out(tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text(2 * (json.dumps(made[0]) + "\n"))
     with pytest.raises(errors.UserError, match="2 rows or more that are not held out"):
         data.load_datasets(args)
+
+
+def test_worked_examples_are_not_trained_on(tmp_path):
+    """The first rows of train that have a rationale."""
+    made = write_rows(tmp_path, n=20)
+    for i in (1, 3, 4):
+        made[i]["rationale"] = f"On Monday {i + 3} + 2 = {i + 5}."
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    flags = ["--data", str(tmp_path), "--task", "qa", "--model", str(TOY), "--L", "32"]
+    codec, train_set, held_out = data.load_datasets(latro.parse([*flags, "--shots", "2"]))
+    asked = [example.question for example in train_set + held_out]
+    assert asked == [row["question"] for i, row in enumerate(made) if i not in (1, 3)]
+    for example in train_set + held_out:
+        text = codec.tokenizer.decode(example.x)
+        assert text.count("Question:") == 3 and text.endswith("Answer:")
+        assert f"Answer: {made[1]['rationale']} The answer is 6." in text
+    with pytest.raises(errors.UserError, match="--shots 4: only 3 rows of .* have a rationale"):
+        data.load_datasets(latro.parse([*flags, "--shots", "4"]))
+
+
+@pytest.mark.parametrize("task, asked", [
+    ("gsm8k", "Wet? Let's think step by step."),
+    ("arc_challenge", "Wet?\n- sand\n- sea\nLet's think step by step."), ("qa", "Wet?")])
+def test_default_prompts(task, asked, monkeypatch):
+    """Also of a run that was started before --prompt existed."""
+    row = dict(gsm8k=dict(question="Wet?", answer="#### 1"), qa=dict(question="Wet?", answer="1"),
+               arc_challenge=dict(question="Wet?", answerKey="B",
+                                  choices=dict(text=["sand", "sea"], label=["A", "B"])))[task]
+    monkeypatch.setattr(data, "read_rows", lambda args, split: [("here", row)])
+    flags = ["--task", task, "--model", str(TOY), "--data", "here"]
+    plain = asked.removesuffix("Let's think step by step.").rstrip()
+    for prompt in ([], ["--prompt", "{question}"]):
+        args = latro.parse([*flags, *prompt])
+        args.prompt = args.prompt if prompt else None
+        codec, [(place, row)] = data.load_codec_and_train_rows(args)
+        said = codec.turns(data.parse_row(place, row, task).question)
+        assert said == [("user", plain if prompt else asked)]
 
 
 def test_an_id_of_null_is_no_id(tmp_path):

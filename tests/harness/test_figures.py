@@ -76,7 +76,7 @@ def toy(tmp_path):
     """The toy's base model, its codec, 12 test questions, and the settings."""
     args = latro.parse(["--out", str(tmp_path / "out")])
     device = distributed.init_distributed()
-    codec = data.load_codec(args)
+    codec, _ = data.load_codec_and_train_rows(args)
     examples = data.encode(codec, data.read_rows(args, "test")[:12], args)
     yield latro.load_model(args, device, torch.float32, latro.logprobs), codec, examples, args
     dist.destroy_process_group()

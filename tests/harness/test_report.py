@@ -43,7 +43,7 @@ NASTY = {
 def record(right: bool, text="so 2. The answer is 2.", question="1 + 1?", gold="2", r=-0.25):
     """One question of a results file, with two samples."""
     sample = dict(text=text, said="2", right=bool(right), logp_z=-3.0, logp0_z=-4.0, logp_y=-0.125,
-                  reward=r, z_len=3, finished=True, z="so 2.", actions=6, reaches=True,
+                  reward=r, z_len=3, finished=True, eos=False, z="so 2.", actions=6, reaches=True,
                   template=-0.5, answer=-0.1, end=-0.025)
     return dict(question=question, gold=gold, options=[], text=text, said="2", right=bool(right),
                 samples=[sample, sample | dict(right=False)],
