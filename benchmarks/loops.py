@@ -20,7 +20,7 @@ from kernels.decode import CUDAGraphRunner, Decoder
 from kernels.reference import inverse_cdf_sample
 
 from .operations import Tasks, compiler_problem
-from .rivals import Generate, Released, Trl
+from .rivals import Continuous, Generate, Released, Trl
 from .timing import FLOOR, OURS, Task, device, measure, quartiles, relative_error
 from .work import Loop, Ours, Workload
 
@@ -123,7 +123,8 @@ def loop_task(model: str, args: argparse.Namespace, train: bool) -> Task:
         graphs._compile_all_devices = True  # not only on a GPU
         rivals = dict(
             generate=Generate(work), static=Generate(work, **static, disable_compile=True),
-            compiled=compiler_problem() or Generate(work, **static, compile_config=graphs))
+            compiled=compiler_problem() or Generate(work, **static, compile_config=graphs),
+            continuous=Continuous(work))
     loops = {OURS: ours} | rivals | dict(released=Released(work))
     exact = {}
     if on_cpu:  # float32: the same numbers draw the same tokens
@@ -209,10 +210,10 @@ def decode(args: argparse.Namespace) -> Tasks:
 
 def rollout(args: argparse.Namespace) -> Tasks:
     """K rationales for each question. generate, static, compiled: `generate` of transformers, with
-    a growing cache, with a static cache, and with torch.compile. released: as the paper's code
-    calls it, every row decoding L tokens. floor: a read of the bytes that decoding must read.
-    error: the number of rationales of a wrong length, and in float32 of those with other tokens
-    than generate's."""
+    a growing cache, with a static cache, and with torch.compile. continuous: its `generate_batch`,
+    which batches continuously. released: as the paper's code calls `generate`, every row decoding L
+    tokens. floor: a read of the bytes that decoding must read. error: the number of rationales of a
+    wrong length, and in float32 of those with other tokens than generate's."""
     for model in args.models:
         yield partial(loop_task, model, args, False)
 

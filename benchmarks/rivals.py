@@ -1,12 +1,16 @@
-"""Other ways to do what our loop does, as their users would: generate, the released code, TRL."""
+"""Other ways to do what our loop does, as their users would: generate, continuous batching, the
+released code, TRL."""
 
 import math
+import re
 from functools import cached_property, partial
 from importlib import import_module
+from unittest.mock import patch
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.generation.continuous_batching import cb_logits_processors
 
 from harness import distributed
 from harness.memory import needs_activation_checkpointing
@@ -61,6 +65,89 @@ class Generate(Loop):
                                     logits_processor=[ForcedLengths(w, use_uniform)])
         rows = out if torch.is_tensor(out) else out.sequences
         return w.cut_after_eos(rows[:, width:].tolist())
+
+
+class ForcedLengthsByRequest(cb_logits_processors.ContinuousBatchingLogitsProcessor):
+    """ForcedLengths for continuous batching. Request i, or its child k, is a rationale of question
+    i % B: rows come and go, so each step is told which rationale and which token it draws."""
+
+    supported_kwargs, ignored_kwargs = {}, ()
+
+    def __init__(self, work: Workload):
+        self.work, self.use_uniform = work, False
+        self.uniform = work.uniform.flatten().to(device())
+        self.is_end = torch.zeros(work.uniform.shape, dtype=torch.bool, device=device())
+        for row, n in enumerate(work.lengths):
+            self.is_end[row, n - 1] = n < work.args.L
+        self.is_end = self.is_end.flatten()
+
+    def row(self, request_id: str) -> int:
+        """The rationale that a request samples; 0 for the requests of a warm-up."""
+        B, K = len(self.work.batch), self.work.args.K
+        if not (found := re.fullmatch(r"req_(\d+)(?:__child#(\d+))?", request_id)):
+            return 0
+        question, child = found.groups(K - 1)
+        return int(question) % B * K + int(child)
+
+    def fill_defaults(self, cells: Tensor) -> None:
+        cells.zero_()
+
+    def prepare_tensor_args(self, requests: list) -> Tensor:
+        """Where each request's next token lies in (N, L), as one number."""
+        tokens = [(self.row(r.state.request_id),
+                   r.state.position_offset - len(r.state.initial_tokens)) for r in requests]
+        cells = [row * self.work.args.L + t for row, t in tokens]
+        return torch.tensor(cells, dtype=torch.int32).clamp(0, self.uniform.numel() - 1)
+
+    def __call__(self, scores: Tensor, cells: Tensor) -> Tensor:
+        cells = cells[:len(scores)].long()
+        if self.use_uniform:
+            token = inverse_cdf_sample(scores, self.uniform[cells], 1.0)
+            return torch.full_like(scores, -math.inf).scatter(1, token[:, None], 0.0)
+        scores[:, self.work.eos] = torch.where(self.is_end[cells], 1e9, -math.inf)
+        return scores
+
+
+# Only processors that transformers has converted get room for a number per request.
+cb_logits_processors.CLASSIC_TO_CB_PROCESSORS_MAP[ForcedLengthsByRequest] = lambda p: p
+
+
+class Continuous(Loop):
+    """transformers' `generate_batch`, which batches continuously: the K rationales of a question
+    share its prompt, and a row that has ended leaves the batch.
+
+    Its fairest setting: the manager, with its cache and its CUDA graphs, is made once and stays;
+    the cache holds all rows at once; everything else is as transformers decides, flash attention
+    included where it is installed."""
+
+    PAGE = 256  # tokens
+
+    def __init__(self, work: Workload):
+        super().__init__(work)
+        args, longest = work.args, max(len(example.x) for example in work.batch)
+        self.config = transformers.GenerationConfig(
+            max_new_tokens=args.L, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=work.eos,
+            num_return_sequences=args.K)
+        pages = math.ceil((longest + args.L) / self.PAGE) + 1
+        self.settings = transformers.ContinuousBatchingConfig(
+            page_size=self.PAGE, num_blocks=pages * len(work.lengths),
+            per_request_processors=True)
+        self.processor = ForcedLengthsByRequest(work)
+
+    def sample(self, use_uniform: bool) -> list[list[int]]:
+        """A rationale that is missing, since its request failed, has no tokens."""
+        w, self.processor.use_uniform = self.work, use_uniform
+        w.set_attention("sdpa")
+        only_ours = transformers.LogitsProcessorList([self.processor])
+        with (distributed.unsharded(w.policy),
+              patch.object(w.policy, "_get_logits_processor", lambda config: only_ours)):
+            out = w.policy.generate_batch(
+                [example.x for example in w.batch], generation_config=self.config,
+                continuous_batching_config=self.settings, persistent_manager=True)
+        rows = [[] for _ in w.lengths]
+        for request_id, result in out.items():
+            rows[self.processor.row(request_id)] = list(result.generated_tokens)
+        return w.cut_after_eos(rows)
 
 
 class Released(Generate):

@@ -51,7 +51,7 @@ def make_workload():
 def test_rollout(tmp_path):
     code, rows = run(tmp_path, "rollout", "--plot")
     assert code == 0 and rows.pop("compiled")["note"] == "not run: a test"
-    assert set(rows) == {"floor", "ours", "generate", "static", "released"}
+    assert set(rows) == {"floor", "ours", "generate", "static", "continuous", "released"}
     N, tokens = 2 * 3, rows["ours"]["tokens"]
     for name, row in rows.items():
         seconds = row["seconds"]["rollout"]["median"]
@@ -165,7 +165,8 @@ def test_lengths(make_workload):
     assert 0.38 < lengths.median() / 48 < 0.44 and 0.03 < (lengths == 48).float().mean() < 0.1
     work = make_workload(4, 8, 12, train=False)
     assert 12 in work.lengths and min(work.lengths) < 6
-    for loop in (workloads.Ours(work), rivals.Generate(work), rivals.Released(work)):
+    for loop in (workloads.Ours(work), rivals.Generate(work), rivals.Continuous(work),
+                 rivals.Released(work)):
         rows = loop()
         assert [len(ids) for ids in rows] == work.lengths
         assert [ids[-1] == work.eos for ids in rows] == [n < 12 for n in work.lengths]
