@@ -20,7 +20,6 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -40,6 +39,8 @@ COMMANDS = {  # the function that makes the tasks, and the options beyond --only
     "rollout": (rollout, ("models", "questions", "K", "L", "plot")),
     "update": (update, ("models", "questions", "K", "L", "plot"))}
 LOOPS = "decode", "rollout", "update"
+PACKAGES = ("torch", "triton", "liger_kernel", "cut_cross_entropy", "quack_kernels",
+            "nvidia_cutlass_dsl", "cuda_tile", "transformers", "trl")
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,7 +98,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def add_gpu_command(commands, out: dict, cuda: bool) -> None:
-    command = commands.add_parser("gpu", description=gpu.__doc__, help="all of these, and the tests")
+    command = commands.add_parser("gpu", description=gpu.__doc__,
+                                  help="all of these, and the tests")
     command.add_argument("--minutes", type=positive_integer, default=25, metavar="N",
                          help="in all; a later call goes on (default: %(default)s)")
     command.add_argument("--models", nargs=2, choices=SHAPES, metavar=("LARGE", "SMALL"),
@@ -118,6 +120,13 @@ def add_scaling_command(commands, options: dict) -> None:
     command.add_argument("--out", **options["out"])
 
 
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def environment(argv: list[str]) -> dict:
     """What a number depends on: command, date, commit, device and versions."""
     git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
@@ -125,15 +134,13 @@ def environment(argv: list[str]) -> dict:
     if shutil.which("git"):
         result = subprocess.run(git, cwd=Path(__file__).parent, text=True, capture_output=True)
         commit = result.stdout.strip() or None
-    packages = "torch", "triton", "liger_kernel", "cut_cross_entropy", "transformers", "trl"
     return dict(
         command=shlex.join(["python", "-m", "benchmarks", *argv]),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit=commit,
         device=torch.cuda.get_device_name() if device() == "cuda" else
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        **{package: metadata.version(package) if find_spec(package) else None
-           for package in packages})
+        **{package: version(package) for package in PACKAGES})
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> list[dict]:

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import latro
-from harness.errors import UserError
+from harness.errors import UserError, short_error
 from kernels import TRITON, reference
 
-from .timing import OURS, Task, device, relative_error
+from .timing import FLOOR, OURS, Task, device, relative_error
 
 MODELS = {  # width D, vocabulary V
     "Llama-3.1-8B": (4096, 128256), "Llama-3.2-1B": (2048, 128256), "Phi-3.5-mini": (3072, 32064),
@@ -27,7 +27,11 @@ MODELS = {  # width D, vocabulary V
 RATIONALES = (48, 16, 500), (3, 16, 500), (8, 16, 48)  # questions, K, L
 ROWS = 16, 256, 768  # of a decoding step
 NO_CUDA, OLD_TORCH = "not run: no CUDA device", "not in this torch"
-LOGIT_BYTES = {"plain": 12, "compile": 4, "linear_cross_entropy": 6}  # least bytes per logit
+LOGIT_BYTES = {"plain": 12, "compile": 4, "linear_cross_entropy": 6, "quack": 2}  # at least
+GEMMS = {  # matrix products of T x D x V in a full pass with both gradients
+    FLOOR: 4, OURS: 4, "reference": 4, "plain": 3, "compile": 3, "linear_cross_entropy": 3,
+    "linear_cross_entropy_chunked": 4, "liger": 3, "liger_cute": 4, "liger_cutile": 4, "quack": 3,
+    "trl": 4, "cce": 4, "cce_unfiltered": 4}
 TILES = {  # T, V, D, warps: stages
     (128, 256, 64, 8): (3, 4), (256, 128, 64, 8): (3, 4), (128, 128, 64, 4): (3, 4, 5),
     (128, 128, 64, 8): (3, 4, 5), (64, 256, 64, 4): (3, 4), (128, 256, 32, 8): (6,),
@@ -53,38 +57,84 @@ def compiled(function: Callable) -> Callable | str:
     return compiler_problem() or torch.compile(function, dynamic=False)
 
 
-def cuda_function(module: str, name: str) -> Callable | str:
-    """A function that runs on CUDA only, from a module that may not be installed; or why it cannot
-    run here."""
-    if not find_spec(module.split(".")[0]) or module.startswith("kernels.") and not TRITON:
+def is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
+
+
+def find_function(module: str, name: str, *needs: str, cuda: bool = True) -> Callable | str:
+    """A function from a module that may not be installed, or why it cannot run here. needs: what it
+    imports besides. cuda: whether it runs on CUDA only."""
+    if not is_installed(module.split(".")[0]) or module.startswith("kernels.") and not TRITON:
         return "not installed"
-    return getattr(import_module(module), name) if device() == "cuda" else NO_CUDA
+    if missing := [other for other in needs if not is_installed(other)]:
+        return f"not installed: {missing[0]}"
+    if cuda and device() == "cpu":
+        return NO_CUDA
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as e:
+        return f"cannot be imported: {short_error(e)}"
 
 
-def negated(nll: Callable | str, **options) -> Callable | str:
-    """Log-probs from a function that returns their negative, or why it cannot run here."""
-    if isinstance(nll, str):
-        return nll
+def adapted(function: Callable | str, call: Callable, **options) -> Callable | str:
+    """A candidate that runs call(function, hidden, weight, targets), or why it cannot run here."""
+    return function if isinstance(function, str) else partial(call, function, **options)
 
-    def logprobs(*operands: Tensor) -> Tensor:
-        return -nll(*operands, reduction="none", **options).float()
-    return logprobs
+
+def negated(nll: Callable, *operands: Tensor, **options) -> Tensor:
+    return -nll(*operands, reduction="none", **options).float()
+
+
+def liger_scaled(nll: type, *operands: Tensor) -> Tensor:
+    return -nll.apply(*operands).float()
+
+
+def quack(nll: Callable, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Keeps all logits. QuACK's chunked function returns one number for the whole batch, so it
+    cannot take a gradient for each token."""
+    return -nll(hidden, weight, None, targets, reduction="none", inplace_backward=True).float()
+
+
+def trl(function: type, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """As TRL's trainers call it, 32768 columns at a time, but without an entropy."""
+    return function.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, ())[0]
+
+
+def liger_cute() -> type | str:
+    """Liger's kernel in CuTe. Elsewhere than on Hopper, Liger replaces it with chunked torch."""
+    module = "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90"
+    found = find_function(module, "LigerFusedScaledCrossEntropySM90Function", "cutlass")
+    if not isinstance(found, str) and torch.cuda.get_device_capability() != (9, 0):
+        return "not run: for Hopper only"
+    return found
 
 
 def logprob_candidates() -> dict[str, Callable | str]:
     """(hidden, weight, targets) -> (T,) float32, or why it cannot run here."""
-    liger = cuda_function("liger_kernel.transformers.functional",
+    liger = find_function("liger_kernel.transformers.functional",
                           "liger_fused_linear_cross_entropy")
-    cce = cuda_function("cut_cross_entropy", "linear_cross_entropy")
-    nll = getattr(F, "linear_cross_entropy", OLD_TORCH)
+    cutile = find_function("liger_kernel.ops.cutile.ops.fused_linear_scaled_cross_entropy",
+                           "LigerFusedLinearScaledCrossEntropyFunction", "cuda.tile")
+    cce = find_function("cut_cross_entropy", "linear_cross_entropy")
+    torch_nll = getattr(F, "linear_cross_entropy", OLD_TORCH)
     chunks = getattr(torch.nn, "LinearCrossEntropyOptions", None)
-    chunked = negated(nll, options=chunks()) if chunks else OLD_TORCH
-    return {OURS: cuda_function("kernels.token_logprob", "token_logprobs"),
+    chunked = adapted(torch_nll, negated, options=chunks()) if chunks else OLD_TORCH
+    return {OURS: find_function("kernels.token_logprob", "token_logprobs"),
             "reference": reference.token_logprobs.__wrapped__, "plain": plain_logprobs,
             "compile": compiled(plain_logprobs),
-            "linear_cross_entropy": negated(nll), "linear_cross_entropy_chunked": chunked,
-            "liger": negated(liger), "cce": negated(cce),
-            "cce_unfiltered": negated(cce, filter_eps=None)}
+            "linear_cross_entropy": adapted(torch_nll, negated),
+            "linear_cross_entropy_chunked": chunked,
+            "liger": adapted(liger, negated), "liger_cute": adapted(liger_cute(), liger_scaled),
+            "liger_cutile": adapted(cutile, liger_scaled),
+            "quack": adapted(find_function("quack.linear_cross_entropy",
+                                           "linear_cross_entropy_func", "cutlass"), quack),
+            "trl": adapted(find_function("trl.kernels.chunked_logprob", "ChunkedLogProbFunction",
+                                         "accelerate", cuda=False), trl),
+            "cce": adapted(cce, negated),
+            "cce_unfiltered": adapted(cce, negated, filter_eps=None)}
 
 
 # ------------------------------------------------------------------------------ log-probs
@@ -141,7 +191,8 @@ def logprob_task(model: str, T: int, frozen: str | None, candidates: dict) -> Ta
         name: f"does not fit: {size * T * V / 1e9:.0f} GB for [T, V], {free / 1e9:.0f} GB free"
         for name, size in LOGIT_BYTES.items() if name in candidates and size * T * V > free}
     return Task(dict(model=model, T=T, D=D, V=V, frozen=frozen), candidates | too_large, tolerance,
-                errors, passes, matrix_products(H, W, free), calls=1)
+                errors, passes, matrix_products(H, W, free), calls=1,
+                gemms={} if frozen else GEMMS)
 
 
 def matrix_products(H: Tensor, W: Tensor, free: float) -> dict[str, Callable]:
@@ -183,7 +234,7 @@ def score_task(questions: int, K: int, L: int, bound: str) -> Task:
         return candidate(logp, logp0, *spans, K, 0.05, bound=bound)
     return Task(
         dict(questions=questions, K=K, L=L, bound=bound, bytes=12 * len(logp)),
-        {OURS: cuda_function("kernels.rationale_score", "score_rationales"),
+        {OURS: find_function("kernels.rationale_score", "score_rationales"),
          "reference": definition, "compile": compiled(definition)}, 1e-3,
         lambda candidate: dict(zip(exact._fields, map(relative_error, call(candidate), exact))),
         lambda candidate: dict(call=lambda: partial(call, candidate)),
@@ -226,8 +277,9 @@ def sample_task(rows: int, V: int) -> Task:
 def logprob(args: argparse.Namespace) -> Tasks:
     """Token log-probs, and their gradients for a given upstream gradient. forward: without
     gradients. backward: the gradients alone. full: both. floor: the matrix products in each pass,
-    1, 3 and 4. extra GB: peak memory of each pass, beyond operands and results (log-probs, dH, dW).
-    error: max |x - exact| / max |exact|."""
+    1, 3 and 4. GEMMs: how many of them a candidate computes in the full pass. extra GB: peak memory
+    of each pass, beyond operands and results (log-probs, dH, dW). error: max |x - exact| / max
+    |exact|."""
     for model, T in product(args.models, args.tokens):
         yield partial(logprob_task, model, T, args.frozen, logprob_candidates())
 

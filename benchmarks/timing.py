@@ -32,7 +32,8 @@ class Task(NamedTuple):
     is called `calls` times in a row, since it may take only microseconds.
 
     A task with a `report` takes seconds per call. Its check serves as the warm-up, and its
-    candidates measure their own memory."""
+    candidates measure their own memory. gemms: the number of large matrix products in a candidate's
+    last pass, by name."""
 
     shape: dict[str, object]
     candidates: dict[str, Callable | str]  # by name; a str says why it cannot run
@@ -42,6 +43,7 @@ class Task(NamedTuple):
     floor: dict[str, Callable]
     calls: int = 10
     report: Callable | None = None  # (name, times of its passes) -> more columns of its row
+    gemms: dict[str, int] = {}
 
 
 def device() -> str:
@@ -144,8 +146,10 @@ def measure(make: Callable[[], Task], only: list[str] | None, rounds: int) -> tu
             samples[name, p].append(attempt(rows[name], time_call, passes[name][p], task.calls))
     times = {name: {p: quartiles(samples[name, p][warm_up:]) for p in task.floor}
              for name in passes if rows[name]["note"] is None}
-    if task.report:
-        for name in times:
+    for name in rows:
+        if name in task.gemms:
+            rows[name]["gemms"] = task.gemms[name]
+        if task.report and name in times:
             rows[name] |= task.report(name, times[name])
     return task.shape, compare_rows(rows, times)
 
@@ -180,7 +184,7 @@ def table(shape: dict, rows: list[dict]) -> str:
     figures = [*dict.fromkeys(k for row in rows for k in row.get("figures", {}))]
     unit, per_second = ("s", 1) if figures else ("ms", 1e3)
     phases = longest("phases")
-    heads = ["candidate", *(f"{p}, {unit}" for p in passes), "of floor", f"x {OURS}",
+    heads = ["candidate", "GEMMs", *(f"{p}, {unit}" for p in passes), "of floor", f"x {OURS}",
              f"{' / '.join(phases)}, s", *figures, "extra GB",
              f"error: {' / '.join(longest('error'))}"]
     lines = []
@@ -191,7 +195,7 @@ def table(shape: dict, rows: list[dict]) -> str:
             times = ["{0} ({1} to {2})".format(*t) for t in numbers]
         else:  # the note takes the first of their columns
             times = [row["note"], *[""] * (len(passes) - 1)]
-        lines.append([row["candidate"], *times,
+        lines.append([row["candidate"], str(row.get("gemms", "")), *times,
                       joined(row, "fraction", ".2f"), joined(row, "ratio", ".2f"),
                       joined(row, "phases", ".3g") if len(phases) > 1 else "",
                       *(short(row.get("figures", {}).get(k)) for k in figures),

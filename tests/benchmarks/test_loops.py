@@ -26,8 +26,7 @@ SMALL = "--questions 2 --K 3 --L 12 --rounds 2".split()
 @pytest.fixture(autouse=True)
 def without_trl_and_compiler(monkeypatch):
     """TRL is found only if a test provides it. torch.compile would take most of the time."""
-    for module in (loops, command):
-        monkeypatch.setattr(module, "find_spec", lambda name: name != "trl" and find_spec(name))
+    monkeypatch.setattr(loops, "find_spec", lambda name: name != "trl" and find_spec(name))
     monkeypatch.setattr(loops, "compiler_problem", lambda: "not run: a test")
 
 

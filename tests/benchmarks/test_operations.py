@@ -14,7 +14,8 @@ from benchmarks.operations import plain_logprobs
 
 PASSES = ["forward", "backward", "full"]
 ENVIRONMENT = {"command", "date", "commit", "device", "torch", "triton", "liger_kernel",
-               "cut_cross_entropy", "transformers", "trl"}
+               "cut_cross_entropy", "quack_kernels", "nvidia_cutlass_dsl", "cuda_tile",
+               "transformers", "trl"}
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +52,77 @@ def test_logprob(tmp_path, capsys):
         for name in ("floor", "reference", "plain"):
             check_times(rows[name], PASSES)
         assert max(rows["plain"]["error"].values()) < 1e-5
+        assert {name: row["gemms"] for name, row in rows.items()} == operations.GEMMS
         assert set(rows["floor"]["fraction"].values()) == {1.0}
         ours = rows[timing.OURS]
         assert ours["note"] == operations.NO_CUDA and "seconds" not in ours
     for name in names:
-        assert markdown.count(f"| {name} |") == printed.count(f"| {name} |") == 2
+        line = f"| {name} | {operations.GEMMS[name]} |"
+        assert markdown.count(line) == printed.count(line) == 2
     assert (tmp_path / "logprob.png").read_bytes().startswith(b"\x89PNG")
+
+
+def number_of_gemms(candidate, H, W, targets, upstream):
+    """Matrix products of T x D x V in a full pass, by torch's profiler."""
+    H, W = (x.clone().requires_grad_() for x in (H, W))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        candidate(H, W, targets).backward(upstream)
+    multiplications = 0
+    first_factor = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # among its arguments
+    for event in profile.events():
+        if event.name in first_factor:
+            (n, k), (_, m) = event.input_shapes[first_factor[event.name]:][:2]
+            multiplications += n * k * m
+    return multiplications / (len(H) * W.numel())
+
+
+def test_gemms_are_as_many_as_the_label_says():
+    """Of every candidate that runs on a CPU."""
+    inputs = operations.logprob_inputs(256, 64, 4096)
+    counted = {name: number_of_gemms(candidate, *inputs)
+               for name, candidate in operations.logprob_candidates().items()
+               if not isinstance(candidate, str)}
+    assert {"reference", "plain"} <= set(counted)
+    assert counted == {name: operations.GEMMS[name] for name in counted}
+
+
+def their_cross_entropy(x, weight, bias, target, *, reduction, inplace_backward):
+    """What QuACK's function computes, with its order of arguments."""
+    return torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, weight, bias), target,
+                                             reduction=reduction)
+
+
+def liger_on_a_cpu():
+    """Liger's function of the same signature as its kernels in CuTe and cuTile."""
+    module = pytest.importorskip("liger_kernel.ops.fused_linear_scaled_cross_entropy",
+                                 exc_type=ImportError)
+    return module.LigerFusedLinearScaledCrossEntropyFunction
+
+
+def trl_on_a_cpu():
+    pytest.importorskip("accelerate", exc_type=ImportError)
+    module = pytest.importorskip("trl.kernels.chunked_logprob", exc_type=ImportError)
+    return module.ChunkedLogProbFunction
+
+
+@pytest.mark.parametrize("function, call", [
+    (lambda: their_cross_entropy, operations.quack), (liger_on_a_cpu, operations.liger_scaled),
+    (trl_on_a_cpu, operations.trl)], ids=["quack", "liger", "trl"])
+def test_a_rival_is_called_as_it_expects(function, call):
+    """Values and gradients are those of the reference, for an upstream gradient per token."""
+    candidate = operations.adapted(function(), call)
+    task = operations.logprob_task("toy", 64, None, {})
+    assert max(task.errors(candidate).values()) < 1e-5
+
+
+def test_a_rival_that_is_missing_says_why():
+    find = operations.find_function
+    assert find("no_such_package.module", "f") == "not installed"
+    assert find("json", "loads", "no_such.module") == "not installed: no_such.module"
+    assert find("json", "loads") == operations.NO_CUDA
+    assert find("json", "loads", cuda=False) is json.loads
+    note = find("json", "no_such_function", cuda=False)
+    assert note.startswith("cannot be imported: AttributeError")
 
 
 @pytest.mark.parametrize("frozen, names", [("weight", ["logp", "dH"]), ("hidden", ["logp", "dW"])])
