@@ -451,7 +451,7 @@ WATCH = """import os, socket, sys
 def watch(event, args):
     if event in ("socket.connect", "socket.getaddrinfo", "os.system"):
         os.write(2, f"asked: {event} {args}\\n".encode())
-    if event == "subprocess.Popen" and os.path.basename(args[0]) != "git":
+    if event == "subprocess.Popen" and os.path.basename(args[0]) not in ("git", "ldconfig"):
         os.write(2, f"asked: {event} {args}\\n".encode())
 sys.addaudithook(watch)
 """
@@ -463,7 +463,8 @@ sys.exit(latro.main(sys.argv[2:]))"""
 @pytest.mark.slow
 def test_no_network_and_no_shell(tmp_path, monkeypatch):
     """A run with local files, without HF_HUB_OFFLINE, opens no connection, looks up no name, and
-    starts no process except git for the commit."""
+    starts no process except git for the commit, and ldconfig, by which a torch with CUDA finds
+    libraries."""
     monkeypatch.delenv("HF_HUB_OFFLINE")
     run = begin("-c", WATCH + RUN, ROOT, *FLAGS, "--out", tmp_path / "out")
     _, errors = run.communicate(timeout=300)
