@@ -20,9 +20,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
-import latro  # noqa: E402
 from harness.checkpoint import atomic_write  # noqa: E402
 from harness.report import digits  # noqa: E402
 
@@ -32,7 +29,7 @@ BASE, SECOND = ROOT / "toy/model", Path("runs/second/model")
 class Arm(NamedTuple):
     seeds: int = 2
     flags: str = ""
-    control: str = ""  # how the credit is broken: "zero" or "shuffled", see broken_credit
+    control: str = ""  # how the credit is broken: "zero" or "shuffled", see controls.py
     base: Path = BASE
 
 
@@ -66,40 +63,18 @@ TABLES = {
 FIGURES = dict(k=32, questions=300, ckpt=["LaTRO", "L 28"], sft="SFT, 19 epochs")
 
 
-def broken_credit(control: str):
-    """A score_rationales whose advantages are all 0 ("zero"), or those of another rationale of the
-    same group ("shuffled")."""
-    score_rationales = latro.score_rationales
-
-    def score(logp, logp0, z_start, y_start, end, K, beta, *, total, **options):
-        scores = score_rationales(logp, logp0, z_start, y_start, end, K, beta, total=total,
-                                  **options)
-        A = scores.advantage.view(-1, K)
-        A = (torch.zeros_like(A) if control == "zero" else A.roll(1, 1)).flatten()
-        for n, (start, stop) in enumerate(zip(z_start.tolist(), y_start.tolist())):
-            scores.token_weights[start:stop] = A[n] / total
-        return scores._replace(advantage=A)
-
-    return score
-
-
 def run_dir(runs: Path, name: str, seed: int = 0) -> Path:
     """The directory of an arm's run."""
     return runs / f"{name.replace(',', '').replace(' ', '_')}.{seed}"
 
 
-def train(name: str, seed: int, out: Path) -> None:
-    """Trains one run, or resumes it if it has a saved state."""
-    torch.set_num_threads(1)
+def command(name: str, seed: int, out: Path) -> list:
+    """The command that trains one run, or resumes it if it has a saved state."""
     arm = ARMS[name]
-    if arm.control:
-        latro.score_rationales = broken_credit(arm.control)
-    flags = ["--task", "toy", "--model", str(arm.base), "--out", str(out), "--seed", str(seed),
-             *arm.flags.split()]
-    if (out / "latro.json").exists():
-        flags.append("--resume")
-    if latro.main(flags):
-        raise SystemExit(f"{name}, seed {seed}: training failed")
+    script = [ROOT / "experiments/controls.py", arm.control] if arm.control else [ROOT / "latro.py"]
+    resume = ["--resume"] if (out / "latro.json").exists() else []
+    return [sys.executable, *script, "--task", "toy", "--model", arm.base, "--out", out,
+            "--seed", seed, *arm.flags.split(), *resume]
 
 
 def run_all(commands: list[list], jobs: int) -> None:
@@ -174,21 +149,18 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS],
                         help="arms to train and grade (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        name, seed = args.one
-        return train(name, int(seed), run_dir(args.runs, name, int(seed)))
     arms, graded = {name: ARMS[name] for name in args.arms}, {}
     for name, arm in arms.items():
         if not (arm.base / "config.json").exists():
             raise SystemExit(f"{name}: no model in {arm.base}; see the top of {__file__} for how to"
                              " make it, or choose other --arms")
     runs = [(name, seed) for name, arm in arms.items() for seed in range(arm.seeds)]
-    run_all([[sys.executable, __file__, "--runs", args.runs, "--one", *run] for run in runs
-             if not (run_dir(args.runs, *run) / "config.json").exists()], args.jobs)
+    folders = {run: run_dir(args.runs, *run) for run in runs}
+    run_all([command(*run, out) for run, out in folders.items()
+             if not (out / "config.json").exists()], args.jobs)
     for base in dict.fromkeys(arm.base for arm in arms.values()):
-        checkpoints = [run_dir(args.runs, *run) for run in runs if arms[run[0]].base == base]
+        checkpoints = [out for run, out in folders.items() if arms[run[0]].base == base]
         folder = args.runs / f"graded_{[BASE, SECOND].index(base)}"
         graded[base] = grade(folder, args.jobs, "--base", base, "--L", 48,
                              "--questions", args.questions, "--ckpt", *checkpoints)

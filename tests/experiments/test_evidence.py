@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from conftest import TOY, rows, write_rows
 
 import eval as grading
 import latro
-from experiments import evidence, real_model
+from experiments import controls, evidence, real_model
 
 
-@pytest.mark.parametrize("control", ["zero", "shuffled"])
+@pytest.mark.parametrize("control", controls.CONTROLS)
 def test_broken_credit(control):
     """The controls change the advantages and the weights of z, and nothing else."""
     generator, K = torch.Generator().manual_seed(0), 3
@@ -21,7 +22,7 @@ def test_broken_credit(control):
     logp = -torch.rand(24, generator=generator)
     inputs = logp, logp - 0.1, edges[:-1:2], edges[1::2], edges[2::2], K, 0.05
     right = latro.score_rationales(*inputs, total=6.0)
-    broken = evidence.broken_credit(control)(*inputs, total=6.0)
+    broken = controls.broken_credit(control)(*inputs, total=6.0)
     A = right.advantage.view(2, K)
     A = torch.zeros_like(A) if control == "zero" else A[:, [2, 0, 1]]
     assert torch.equal(broken.advantage, A.flatten()) and torch.equal(broken.reward, right.reward)
@@ -32,35 +33,31 @@ def test_broken_credit(control):
     assert not torch.allclose(broken.token_weights[z], right.token_weights[z])
 
 
+def test_a_control_needs_a_name(capsys):
+    """One sentence says which there are, and nothing is trained."""
+    assert controls.main(["--steps", "1"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.fixture
 def in_process(monkeypatch):
     """Runs in this process what the scripts start as processes: seconds instead of minutes. Returns
     the list of commands."""
-    started = []
+    started, mains = [], dict(latro=latro.main, eval=grading.main, controls=controls.main)
 
     def run(command):
         started.append(command)
-        scripts = [i for i, part in enumerate(command) if str(part).endswith(".py")]
-        script, *flags = map(str, command[scripts[0]:])
-        if "--one" in flags:
-            name, seed = flags[flags.index("--one") + 1:]
-            runs = evidence.Path(flags[flags.index("--runs") + 1])
-            with monkeypatch.context() as patch:  # a control replaces it for the whole process
-                patch.setattr(latro, "score_rationales", latro.score_rationales)
-                evidence.train(name, int(seed), evidence.run_dir(runs, name, int(seed)))
-                return
-        main = latro.main if script.endswith("latro.py") else grading.main
-        assert main(flags) == 0
+        first = next(i for i, part in enumerate(command) if str(part).endswith(".py"))
+        script, *flags = map(str, command[first:])
+        with monkeypatch.context() as patch:  # a control replaces it for the whole process
+            patch.setattr(latro, "score_rationales", latro.score_rationales)
+            assert mains[Path(script).stem](flags) == 0
 
     def run_all(commands, jobs):
         for command in commands:
             run(command)
-
-    def run_until(deadline, command, watch=lambda: None):
-        run(command)
-        watch()
     monkeypatch.setattr(evidence, "run_all", run_all)
-    monkeypatch.setattr(real_model, "run_until", run_until)
+    monkeypatch.setattr(real_model, "run_until", lambda deadline, command: run(command))
     return started
 
 
@@ -103,73 +100,46 @@ def test_missing_base(monkeypatch, tmp_path):
 
 
 def gsm8k(folder):
-    """The toy's questions in the layout of GSM8K and ARC-Challenge."""
-    folder.mkdir()
+    """The toy's questions in the layout of GSM8K."""
     for split in ("train", "test"):
-        made = write_rows(folder / "gsm8k", split, 16)
+        made = write_rows(folder, split, 16)
         text = [json.dumps(r | dict(answer=f"Monday 1 + 2 = 3.\n#### {r['answer']}")) for r in made]
-        (folder / "gsm8k" / f"{split}.jsonl").write_text("\n".join(text) + "\n")
-        choices = dict(text=["4", "5"], label=["A", "B"])
-        write_rows(folder / "arc_challenge", split, 4, choices=choices, answerKey="B")
+        (folder / f"{split}.jsonl").write_text("\n".join(text) + "\n")
     return folder
 
 
 @pytest.mark.slow
 def test_real_model(in_process, tmp_path, monkeypatch, capsys):
-    """It trains every arm, keeps the best checkpoint of each, and writes both tables. A second call
-    does nothing."""
-    flags = ("--model", TOY, "--data", gsm8k(tmp_path / "data"), "--runs", tmp_path / "runs",
-             *"--updates 2 --warm-up 1 --every 1 --graded 3 --k 2 --batch 2 --".split(),
-             *"--questions 2 --K 2 --L 16 --eval-questions 2".split())
+    """It trains every arm from the warm-up, and writes the table. A second call does nothing."""
+    runs = tmp_path / "runs"
+    flags = ("--model", TOY, "--data", gsm8k(tmp_path / "data"), "--runs", runs,
+             *"--updates 2 --warm-up 1 --every 1 --graded 3 --k 2 --batch 2 --held-out 2".split(),
+             *"-- --questions 2 --K 2 --L 16".split())
     monkeypatch.setattr(sys, "argv", ["real_model.py", *map(str, flags)])
     real_model.main()
-    shown = capsys.readouterr().out
-    for task in real_model.TASKS:
-        text = (tmp_path / "runs" / task / "eval.md").read_text()
-        names = [line.split(" | ")[0].strip("| ") for line in text.splitlines()]
-        assert text in shown and names[2:7] == ["base", "sft", *real_model.ROWS]
-    for name, steps in dict(warm_up=1, sft=3, latro_raw=2, latro_warm=2).items():
-        best = tmp_path / "runs/selected" / name
-        accuracy = {r["step"]: r["greedy"] for r in rows(best, "evals") if r["step"]}
-        chosen = json.loads((best / "selected.json").read_text())
-        last_best = max(accuracy, key=lambda step: (accuracy[step], step))
-        assert chosen == dict(step=last_best, greedy=accuracy[last_best])
-        assert len(rows(tmp_path / "runs" / name)) == steps
-    before = json.loads((tmp_path / "runs/latro_warm/latro.json").read_text())["base"]
-    assert before == str(tmp_path / "runs/selected/warm_up")
+    text = (runs / "graded/eval.md").read_text()
+    names = [line.split(" | ")[0].strip("| ") for line in text.splitlines()]
+    assert text in capsys.readouterr().out
+    assert names[2:7] == ["base", "sft", "latro", "shuffled", "warm_up"]
+    for name, steps in dict(warm_up=1, sft=2, latro=2, shuffled=2).items():
+        assert len(rows(runs / name)) == steps
+        before = json.loads((runs / name / "latro.json").read_text())["base"]
+        assert before == str(TOY if name == "warm_up" else runs / "warm_up")
+    first, second = (rows(runs / name, "samples")[1] for name in ("latro", "shuffled"))
+    assert first["samples"][0]["z"] == second["samples"][0]["z"]  # the same model, before update 1
     started = len(in_process)
     real_model.main()
     assert len(in_process) == started
 
 
-@pytest.mark.parametrize("accuracies, chosen", [
-    ([0.5, 0.2, 0.1], 1), ([0.5, 0.2, 0.4], 2), ([0.0, 0.3, 0.3], 2), ([0.9, 0.0], 1)])
-def test_best_on_held_out_questions(accuracies, chosen, tmp_path):
-    """`accuracies` are those at updates 0, 1, ...; update 0 is the base and has no checkpoint."""
-    run, best = tmp_path / "run", tmp_path / "best"
-    for step, greedy in enumerate(accuracies):
-        (run / "state").mkdir(parents=True, exist_ok=True)
-        with open(run / "evals.jsonl", "a") as log:
-            log.write(json.dumps(dict(step=step, greedy=greedy)) + "\n")
-        real_model.keep_best(run, best)  # logged, but not saved yet
-        (run / "model.safetensors").write_text(str(step))
-        for old in (run / "state").iterdir():
-            old.rmdir()
-        if step:
-            (run / "state" / f"step-{step:06d}").mkdir()
-        real_model.keep_best(run, best)
-    assert (best / "model.safetensors").read_text() == str(chosen)
-    assert not (best / "state").exists()
-
-
 def test_a_slice_ends_in_time(tmp_path):
-    """The deadline ends the command, watch() has been called, and the exit code is MORE."""
+    """The deadline ends the command, and the exit code is MORE."""
     sleeper = tmp_path / "sleeper.py"
     sleeper.write_text("import time\ntime.sleep(60)\n")
-    calls, start = [], time.monotonic()
+    start = time.monotonic()
     with pytest.raises(SystemExit) as stop:
-        real_model.run_until(start + 1, [sleeper], lambda: calls.append(1))
-    assert stop.value.code == real_model.MORE and time.monotonic() - start < 30 and calls
+        real_model.run_until(start + 1, [sleeper])
+    assert stop.value.code == real_model.MORE and time.monotonic() - start < 30
 
 
 def test_a_failed_command_is_an_error(tmp_path):
