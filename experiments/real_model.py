@@ -103,7 +103,7 @@ def main() -> None:
         help="directory of the runs (default: runs/real)")
     add("--minutes", type=float, default=float("inf"), help="limit of this slice (default: none)")
     add("--updates", type=int, default=60, help="updates of LaTRO (default: 60)")
-    add("--warm-up", type=int, default=50, help="updates of the SFT warm-up (default: 50)")
+    add("--warm-up", type=int, default=25, help="updates of the SFT warm-up (default: 25)")
     add("--every", type=int, default=10,
         help="updates between evaluations and checkpoints (default: 10)")
     add("--held-out", type=int, default=16, help="questions of such an evaluation (default: 16)")
