@@ -56,14 +56,15 @@ from kernels.reference import Scores, inverse_cdf_sample
 
 HERE = Path(__file__).resolve().parent
 SAMPLES, ORDER = 0, 1  # what random numbers are for: no two uses share a stream
+REWARDS = "logp", "prob", "mean-prob", "correct"
 
 
 # ------------------------------------------------------------------------------ 1. settings
 @dataclasses.dataclass
 class Args:
     """The settings of a run. PRESETS sets what differs by task."""
-    # Model and data.
-    model: str = flag(None, "hub id or directory; the toy ships with this file")
+    model: str = flag(None, "hub id or directory; the toy ships with this file",
+                      group="model and data")
     task: str = flag(None, "kind of question", (*TASKS,))
     data: str = flag(None, "directory with train.jsonl and test.jsonl, or a hub id")
     prompt: str = flag(None, 'what is asked, with "{question}" in it')
@@ -71,35 +72,35 @@ class Args:
     shots: int = flag(0, "worked examples in the prompt: training rows with a rationale", least=0)
     date: str = flag(None, "day that a chat template prints (default: today)")
     out: str = flag("out", "directory of the run: a Hugging Face model, logs, state")
-    # Objective.
-    objective: str = flag("latro", "sft: summed log pi(y|x), with gold z if any", ("latro", "sft"))
+    objective: str = flag("latro", "sft: summed log pi(y|x), with gold z if any", ("latro", "sft"),
+                          group="objective")
     bound: str = flag("elbo", "iwae: log mean of pi(y|x+z) (pi_0/pi)^beta", ("elbo", "iwae"))
-    reward: str = flag("logp", "prob: the reward is pi(y|x+z) itself", ("logp", "prob"))
+    reward: str = flag("logp", "prob: pi(y|x+z) itself; mean-prob: of a token of y; correct: 1 if"
+                               " the policy's own answer is right, else 0", REWARDS)
     credit: str = flag("answer", "y: the answer, or template and answer", ("answer", "full"))
     beta: float = flag(0.05, "weight of the KL to the starting policy; 0 loads none", least=0)
     answer_weight: float = flag(1.0, "of eq. 4's answer term; 0: the released code", least=0)
     truncation_penalty: float = flag(0.0, "nats off the reward of a z that L cut", least=0)
-    # Sampling.
-    K: int = flag(16, "rationales per question; a baseline needs 2", least=2)
+    K: int = flag(16, "rationales per question; a baseline needs 2", least=2, group="sampling")
     L: int = flag(500, "longest rationale, tokens", least=1)
     temperature: float = flag(1.0, "of sampling z, and of pi(z|x) in the objective", least=1e-3)
-    # Optimization.
-    questions: int = flag(None, "questions per update, over all processes (3 each)", least=1)
+    questions: int = flag(None, "questions per update, over all processes (3 each)", least=1,
+                          group="optimization")
     micro: int = flag(8192, "tokens per forward pass; a question is never split", least=1)
     steps: int = flag(None, "updates (or give --epochs)", least=1)
     epochs: float = flag(6.0, "passes over the training questions (or give --steps)", least=1e-9)
     lr: float = flag(5e-7, "peak learning rate of AdamW, falling linearly to 0", least=0)
     warmup: int = flag(0, "updates over which the learning rate rises", least=0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", least=0)
-    # Evaluation and saving.
-    eval_every: int = flag(100, "updates between evaluations; 0: first and last only", least=0)
+    eval_every: int = flag(100, "updates between evaluations; 0: first and last only", least=0,
+                           group="evaluation and saving")
     eval_questions: int = flag(200, "held-out questions of an evaluation", least=1)
     save_every: int = flag(100, "updates between checkpoints; 0: at the end only", least=0)
     keep: int = flag(2, "states to keep, in case the last one is damaged", least=1)
     seed: int = flag(0, "of the data order and the samples", least=0)
     resume: bool = flag(False, "continue from the last checkpoint in --out")
-    # Machine.
-    shard: int = flag(0, "processes that share one copy of the weights; 0: all", least=0)
+    shard: int = flag(0, "processes that share one copy of the weights; 0: all", least=0,
+                      group="machine")
     timeout: float = flag(30.0, "minutes that processes wait for each other", least=1e-3)
     checkpointing: bool = flag(None, "recompute activations in the backward pass; by default if"
                                      " memory asks for it")
@@ -191,6 +192,7 @@ class Rationale(NamedTuple):
     y: list[int]
     length: int  # tokens of z, without what ended it
     truncated: bool  # L cut z
+    right: bool | None = None  # the policy's own answer is correct; None where it gave none
 
 
 def split_rollout(codec, ids: list[int], end: int, stop_reason: int, answer: list[int],
@@ -203,8 +205,11 @@ def split_rollout(codec, ids: list[int], end: int, stop_reason: int, answer: lis
     template      z template    template answer    --credit full: the paper to the letter
     EOS           z EOS         template answer    y follows z, not EOS
     L             z             template answer    so a cut z pays for the template inside r
+    any           all of ids    nothing            credit "reply": what --reward correct learns from
     """
     actions, length = ids[:end], end - abs(stop_reason)
+    if credit == "reply":
+        return Rationale(ids, ids, len(ids), [], length, stop_reason == 0)
     if stop_reason <= 0:
         template = codec.template_after_z if length else codec.template_at_start
         return Rationale(ids, actions, length, template + answer, length, stop_reason == 0)
@@ -224,11 +229,23 @@ def rng_stream(seed: int, step: int, question_id: int) -> np.random.Generator:
     return np.random.default_rng((seed, step, question_id, SAMPLES))
 
 
+def own_answer(codec: Codec, example: Example, ids: list[int]) -> dict:
+    """The text of a reply, the answer that it gives, and whether that is right."""
+    text = codec.text(ids)
+    said = answer_in(text)
+    return dict(text=text, said=said, right=same_answer(said, example.gold))
+
+
+def answer_limit(codec: Codec, examples: list[Example]) -> int:
+    """Tokens that the policy may write after the template: as many as any gold answer needs."""
+    return max(len(example.answer) for example in examples) + len(codec.template_after_z)
+
+
 def rollout(policy, codec: Codec, examples: list[Example], question_ids: list[int], step: int,
-            args: Args, K: int, max_answer_tokens: int = 0,
-            greedy: bool = False) -> list[list[Rationale]]:
+            args: Args, K: int, max_answer_tokens: int = 0, greedy: bool = False,
+            credit: str | None = None) -> list[list[Rationale]]:
     """K rationales per question: [B][K]. Samples depend only on (seed, step, question), not on
-    batching."""
+    batching. With `max_answer_tokens` the policy also answers."""
     uniform = None
     if not greedy:
         streams = [rng_stream(args.seed, step, question_id) for question_id in question_ids]
@@ -238,8 +255,13 @@ def rollout(policy, codec: Codec, examples: list[Example], question_ids: list[in
     prompts = [example.x for example in examples]
     drawn = iter(sample_rationales(policy, prompts, codec.stops, codec.eos, K, args.L, uniform,
                                    args.temperature, max_answer_tokens))
-    return [[split_rollout(codec, *next(drawn), example.answer, args.credit) for _ in range(K)]
-            for example in examples]
+
+    def finish(example: Example) -> Rationale:
+        rationale = split_rollout(codec, *next(drawn), example.answer, credit or args.credit)
+        if not max_answer_tokens:
+            return rationale
+        return rationale._replace(right=own_answer(codec, example, rationale.ids)["right"])
+    return [[finish(example) for _ in range(K)] for example in examples]
 
 
 # ------------------------------------------------------------------------------ 3. question tree
@@ -265,6 +287,7 @@ class Tree(NamedTuple):
     # y_start : end as its y.
     spans: tuple[Tensor, Tensor, Tensor]
     truncated: Tensor  # (N,) bool
+    right: Tensor  # (N,) bool
     K: int
 
 
@@ -284,7 +307,7 @@ def pack_tree(prompts: list[list[int]], groups: list[list[Rationale]], temperatu
         fork = len(ids) - 1  # the last token of x predicts the first of every branch
         for rationale in group:
             actions, y, context = rationale.actions, rationale.y, rationale.context
-            tokens = actions[:context] + y[:-1]  # the last token of y predicts nothing
+            tokens = (actions[:context] + y)[:-1]  # the last token predicts nothing
             branches.append((len(ids), len(tokens)))
             path = [fork, *range(len(ids), len(ids) + len(tokens))]
             sources += path[:len(actions)] + path[context:]
@@ -294,14 +317,15 @@ def pack_tree(prompts: list[list[int]], groups: list[list[Rationale]], temperatu
             position += range(len(x), len(x) + len(tokens))
     layout = build_layout(trunks, branches, position, policy)
     padding = [0] * (len(layout.inverse) - len(ids))
-    truncated = [rationale.truncated for group in groups for rationale in group]
-    ids, position, sources, targets, edges, truncated = (
+    truncated, right = zip(*((one.truncated, bool(one.right)) for group in groups
+                             for one in group))
+    ids, position, sources, targets, edges, truncated, right = (
         torch.tensor(values).to(policy.device) for values in (
-            ids + padding, position + padding, sources, targets, edges, truncated))
+            ids + padding, position + padding, sources, targets, edges, truncated, right))
     by_span = torch.tensor([temperature, 1.0], device=policy.device).repeat(len(edges) // 2)
     temperatures = by_span.repeat_interleave(edges.diff(), output_size=len(targets))
     return Tree(ids[None], position[None], layout, sources, targets, temperatures,
-                (edges[:-1:2], edges[1::2], edges[2::2]), truncated, len(groups[0]))
+                (edges[:-1:2], edges[1::2], edges[2::2]), truncated, right, len(groups[0]))
 
 
 # ------------------------------------------------------------------------------ 4. the ELBO
@@ -328,12 +352,26 @@ def sum_spans(logp: Tensor, z_start: Tensor, y_start: Tensor, end: Tensor) -> tu
     return torch.segment_reduce(logp, "sum", lengths=lengths, initial=0).view(-1, 2).unbind(1)
 
 
-def elbo(r: Tensor, slope: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def answer_reward(reward: str, logp: Tensor, spans: tuple[Tensor, ...], logp_y: Tensor,
+                  right: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a reward says of each y, and how it rises with a token's log-prob (for mean-prob: with
+    its probability): (N,) each."""
+    if reward == "prob":  # arXiv 2505.21493
+        return logp_y.exp(), logp_y.exp()
+    if reward == "mean-prob":  # arXiv 2506.18254
+        length = (spans[2] - spans[1]).clamp(min=1)
+        return sum_spans(logp.exp(), *spans)[1] / length, 1 / length.to(logp_y)
+    if reward == "correct":  # plain RLOO on a verifier's 0 or 1
+        return right.to(logp_y), torch.zeros_like(logp_y)
+    return logp_y, torch.ones_like(logp_y)
+
+
+def elbo(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Advantage and eq. 4's weights of grad log pi(z|x) and grad log pi(y|x+z), from rewards r:
-    (B, K) each. `slope`: d reward / d log pi(y|x+z)."""
+    (B, K) each."""
     K = r.shape[1]
     advantage = (r - r.mean(1, keepdim=True)) * (K / (K - 1))  # = r_k - mean of the other K - 1
-    return advantage, advantage, slope * torch.ones_like(r)
+    return advantage, advantage, torch.ones_like(r)
 
 
 def iwae(r: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -353,33 +391,38 @@ def iwae(r: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def score_rationales(logp: Tensor, logp0: Tensor | None, z_start: Tensor, y_start: Tensor,
                      end: Tensor, K: int, beta: float, *, bound: str = "elbo",
-                     reward: str = "logp", answer_weight: float = 1.0,
-                     penalty: Tensor | float = 0.0, total: int | None = None) -> Scores:
+                     reward: str = "logp", right: Tensor | None = None,
+                     answer_weight: float = 1.0, penalty: Tensor | float = 0.0,
+                     total: int | None = None) -> Scores:
     """Reward, advantage and token weights of N rationales, of which each K answer one question.
 
     logp, logp0 (T,): log-probs under the policy and under pi_0, nats; None: no KL. z_start,
-    y_start, end (N,): as Tree.spans. `penalty` (N,) is taken off the reward. `total`: rationales of
-    the whole update (default N). On CUDA kernels/rationale_score.py does this in one launch.
+    y_start, end (N,): as Tree.spans. `right` (N,): for the reward "correct". `penalty` (N,) is
+    taken off the reward. `total`: rationales of the whole update (default N). On CUDA
+    kernels/rationale_score.py does this in one launch.
 
     Raises ValueError for K < 2: a single rationale has no baseline."""
     if K < 2:
         raise ValueError(f"K = {K}: the leave-one-out baseline needs at least 2 rationales")
-    logp_z, logp_y = sum_spans(logp, z_start, y_start, end)  # (N,) each
-    logp0_z = None if logp0 is None else sum_spans(logp0, z_start, y_start, end)[0]
-    gain = logp_y.exp() if reward == "prob" else logp_y  # prob: arXiv 2505.21493
+    spans = z_start, y_start, end
+    logp_z, logp_y = sum_spans(logp, *spans)  # (N,) each
+    logp0_z = None if logp0 is None else sum_spans(logp0, *spans)[0]
+    gain, slope = answer_reward(reward, logp, spans, logp_y, right)  # (N,) each
     beta, log_ratio = (0.0, 0.0) if logp0 is None else (beta, logp_z - logp0_z)
     r = gain - beta * log_ratio - penalty  # (N,)
     # Only differences within a question count. Taking them first keeps float32's digits for them.
     group = r.view(-1, K)
     group = group - group.amax(1, keepdim=True)
-    if bound == "iwae":
-        advantage, weight_z, weight_y = iwae(group, beta)
-    else:
-        advantage, weight_z, weight_y = elbo(group, gain.view(-1, K) if reward == "prob" else 1.0)
+    advantage, weight_z, weight_y = iwae(group, beta) if bound == "iwae" else elbo(group)
+    weight_y = answer_weight * slope * weight_y.flatten()
     # Every token of z_k has the weight of grad log pi(z_k|x), every token of y that of its term.
-    weights = torch.stack([weight_z, answer_weight * weight_y], -1).flatten() / (total or len(end))
-    lengths = span_lengths(z_start, y_start, end)
-    token_weights = weights.repeat_interleave(lengths, output_size=len(logp))
+    weights = torch.stack([weight_z.flatten(), weight_y], 1).flatten() / (total or len(end))
+    lengths = span_lengths(*spans)  # (2 N,)
+    token_weights = weights.repeat_interleave(lengths, output_size=len(logp))  # (T,)
+    if reward == "mean-prob":
+        is_y = torch.arange(len(lengths), device=logp.device) % 2 == 1
+        on_y = is_y.repeat_interleave(lengths, output_size=len(logp))
+        token_weights *= logp.exp().where(on_y, 1.0)
     return Scores(logp_z, logp0_z, logp_y, r, advantage.flatten(), token_weights)
 
 
@@ -405,8 +448,8 @@ def score(policy, reference, examples: list[Example], groups: list[list[Rational
         logp0 = None if reference is None else reference.logprobs(tree)  # (T,)
     return logp, score_rationales(
         logp, logp0, *tree.spans, tree.K, args.beta, bound=args.bound, reward=args.reward,
-        answer_weight=args.answer_weight, penalty=args.truncation_penalty * tree.truncated,
-        total=total)
+        right=tree.right, answer_weight=args.answer_weight,
+        penalty=args.truncation_penalty * tree.truncated, total=total)
 
 
 # ------------------------------------------------------------------------------ 5. optimizer step
@@ -436,17 +479,13 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
     text, said, right: the greedy reply, its answer, whether it is correct; samples: k >= 2 replies
     at --temperature, with the scores of training. A reply is right if z ends within L tokens and
     the gold answer follows."""
-    longest = max(len(example.answer) for example in examples)
-    max_answer_tokens = longest + len(codec.template_after_z)
+    max_answer_tokens = answer_limit(codec, examples)
     # As many sequences at a time as in a rollout.
     batch_size = max(1, args.questions * args.K // processes() // k)
     mine, done = local_slice([*enumerate(examples)][which]), []
 
     def reply(example: Example, rationale: Rationale) -> dict:
-        text = codec.text(rationale.ids)
-        said = answer_in(text)
-        return dict(text=text, said=said, right=same_answer(said, example.gold),
-                    actions=len(rationale.actions))
+        return own_answer(codec, example, rationale.ids) | dict(actions=len(rationale.actions))
 
     batches = tqdm(range(0, len(mine), batch_size), desc="evaluation", leave=False,
                    disable=not is_main_process() or len(mine) <= batch_size)
@@ -504,8 +543,10 @@ def propose_rationales(policy, codec: Codec, examples: list[Example], step: int,
     if args.objective == "sft":
         return [[gold_rationale(codec, example.z, example.answer)] for example in examples]
     mine, question_ids = local_slice(examples), local_slice(range(len(examples)))
+    own = dict(max_answer_tokens=answer_limit(codec, examples), credit="reply")
     with unsharded(policy):
-        return all_gather_list(rollout(policy, codec, mine, question_ids, step, args, args.K))
+        return all_gather_list(rollout(policy, codec, mine, question_ids, step, args, args.K,
+                                       **own if args.reward == "correct" else {}))
 
 
 def load_policies(args: Args, device: torch.device) -> tuple:

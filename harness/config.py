@@ -13,10 +13,11 @@ from .errors import UserError, short_error, usage_error
 RESUMABLE_FLAGS = "resume", "out", "micro", "checkpointing", "kernels", "keep", "timeout"
 
 
-def flag(default, help: str, choices=None, least=None):
+def flag(default, help: str, choices=None, least=None, group: str = ""):
     """A field of a settings dataclass. None as default: a preset sets it, or the help says what it
-    means. `least`: the smallest value allowed."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, min=least))
+    means. `least`: the smallest value allowed. `group`: the heading in --help that it begins."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, min=least,
+                                                            group=group))
 
 
 def option(name: str) -> str:
@@ -45,13 +46,17 @@ def task_defaults(cls, given: dict, presets: dict[str, dict]) -> dict:
 
 def make_parser(cls, defaults: dict) -> argparse.ArgumentParser:
     """The command line of a settings dataclass; each default is printed once, as it applies."""
-    parser = argparse.ArgumentParser(prog="latro.py", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="latro.py", allow_abbrev=False,
+                                     usage="%(prog)s [flags]")
+    group = parser
     for f in dataclasses.fields(cls):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
         how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool
                else dict(type=f.type, choices=f.metadata["choices"]))
         default = defaults[f.name]
         shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(option(f.name), default=argparse.SUPPRESS,
+        group.add_argument(option(f.name), default=argparse.SUPPRESS,
                             help=f.metadata["help"] + shown.replace("%", "%%"), **how)
     parser.error = usage_error
     return parser
@@ -106,8 +111,14 @@ def check_args(args):
         raise UserError(f"--task {args.task} needs --model and --data: hub ids or directories")
     if args.steps and args.epochs:
         raise UserError("--steps and --epochs both set the length: give one of them")
-    if args.bound == "iwae" and args.reward == "prob":
-        raise UserError("--bound iwae averages probabilities already: use it with --reward logp")
+    if args.bound == "iwae" and args.reward != "logp":
+        raise UserError(f"--bound iwae averages probabilities already: use it with --reward logp,"
+                        f" not {args.reward}")
+    if args.reward == "correct" and (args.credit, args.answer_weight) != ("answer", 1):
+        raise UserError("--reward correct learns from all that was sampled and has no answer term:"
+                        " leave out --credit and --answer-weight")
+    if args.objective == "sft" and args.reward == "correct":
+        raise UserError("--objective sft samples nothing that could be correct: leave out --reward")
     if not args.plan:
         check_out(Path(args.out), args.resume)
     try:

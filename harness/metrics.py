@@ -22,45 +22,53 @@ def records(codec, examples: list, groups: list[list], logp: Tensor,
             scores: Scores) -> list[list[dict]]:
     """A record for each rationale of each question: text z, log-probs in nats, lengths in tokens.
 
-    template, answer, end: log-probs of these parts of what follows z. reaches: z alone leads to the
-    gold answer. logp (T,): the log-probs that gave `scores`."""
+    template, answer, end: log-probs of these parts of what follows z; None, as logp_y, where y was
+    not scored. reaches: z alone leads to the gold answer. right: the policy's own answer is the
+    gold one, where it gave one. logp (T,): the log-probs that gave `scores`."""
     sums = {k: v.tolist() for k, v in scores._asdict().items()
             if k != "token_weights" and v is not None}
     sums = iter([dict(zip(sums, row)) for row in zip(*sums.values())])
     tokens = iter(logp.tolist())
 
-    def record(example, rationale) -> dict:
+    def parts(example, rationale) -> dict:
         own = [next(tokens) for _ in rationale.actions + rationale.y]
+        if not rationale.y:
+            return dict.fromkeys(("logp_y", "template", "answer", "end"))
         n = len(example.answer)
         # The template is part of y, or of what ended z.
         t = len(rationale.y) - n or len(rationale.actions) - rationale.length
+        return dict(template=sum(own[-n - t:-n]), answer=sum(own[-n:-1]), end=own[-1])
+
+    def record(example, rationale) -> dict:
         z, ended_by = rationale.actions[:rationale.length], rationale.actions[rationale.length:]
         z, is_eos = codec.text(z), len(ended_by) == 1 and ended_by[0] in codec.eos
         return next(sums) | dict(
             z=z, z_len=rationale.length, finished=not rationale.truncated, eos=is_eos,
             actions=len(rationale.actions), answers=len(rationale.y),
-            reaches=flexible(z, example.gold, example.options), end=own[-1],
-            template=sum(own[-n - t:-n]), answer=sum(own[-n:-1]))
+            reaches=flexible(z, example.gold, example.options), **parts(example, rationale),
+            **({} if rationale.right is None else dict(right=rationale.right)))
     return [[record(e, r) for r in group] for e, group in zip(examples, groups)]
 
 
 def summary(questions: list[list[dict]]) -> dict:
     """Means over the rationales of all questions; log-probs in nats, lengths in tokens.
 
-    elbo is E[log pi(y|x+z)] - KL whatever beta is, None without pi_0. reward_right: the correlation
+    elbo is E[log pi(y|x+z)] - KL whatever beta is, None without pi_0 or y. reward_right: the correlation
     of the reward with being right, within questions where both vary. unique: the share of different
     rationales. entropy: estimated, per token. finished, eos: the share that L did not cut, and of
     those that EOS ended."""
     samples = [s for q in questions for s in q]
 
-    def mean(key: str) -> float:
-        return float(np.mean([s[key] for s in samples]))
+    def mean(key: str) -> float | None:
+        values = [s[key] for s in samples]
+        return None if None in values else float(np.mean(values))
     kl = mean("logp_z") - mean("logp0_z") if "logp0_z" in samples[0] else None
+    logp_y = mean("logp_y")
     pairs = [np.array([(s["reward"], s.get("right", s["reaches"])) for s in q], float)
              for q in questions]
     correlations = [np.corrcoef(p.T)[0, 1] for p in pairs if (p.std(0) > 0).all()]
     means = {k: mean(k) for k in "reward z_len finished eos template answer end reaches".split()}
-    return dict(elbo=None if kl is None else mean("logp_y") - kl, logp_y=mean("logp_y"), kl=kl,
+    return dict(elbo=None if None in (kl, logp_y) else logp_y - kl, logp_y=logp_y, kl=kl,
                 **means,
                 reward_std=float(np.mean([np.std([s["reward"] for s in q]) for q in questions])),
                 reward_right=float(np.mean(correlations)) if correlations else None,
@@ -71,7 +79,7 @@ def summary(questions: list[list[dict]]) -> dict:
 def check_finite(examples: list, rows: list[list[dict]], step: int, out: str) -> None:
     """Raises UserError, on every rank, where a log-prob is not finite, and names the questions."""
     bad = [example.place for example, group in zip(examples, rows)
-           if not all(math.isfinite(row["logp_z"] + row["logp_y"]) for row in group)]
+           if not all(math.isfinite(row["logp_z"] + (row["logp_y"] or 0)) for row in group)]
     if bad:
         raise UserError(f"update {step + 1}: log-probs are not finite for {', '.join(bad[:5])};"
                         f" {out} keeps its last state; {DIVERGENCE_HINT}")

@@ -2,10 +2,10 @@
 
 With five tokens and L of 2 or 3 there are so few ways to write and to end z that all can be listed:
 17 or 49 outcomes. Plain forward passes over single sequences give the exact objective, and autograd
-gives its exact gradient. latro.py is compared with that: the mean of its estimate over every K-tuple
-of outcomes (split_rollout, pack_tree, logprobs, score_rationales, all as in training), weighted by
-the probabilities with which the sampler is shown to draw them. Broken versions of the estimator must
-fail: the mutants at the end of part 2.
+gives its exact gradient. latro.py is compared with that: the mean of its estimate over every
+K-tuple of outcomes (split_rollout, pack_tree, logprobs, score_rationales, all as in training),
+weighted by the probabilities with which the sampler is shown to draw them. Broken versions of the
+estimator must fail: the mutants at the end of part 2.
 
 Everything is in float64, so that a tolerance of 1e-12 hides no wrong term.
 """
@@ -34,6 +34,7 @@ CODEC = SimpleNamespace(stops=stops_of(V, *STOPS), eos=[EOS], template_at_start=
 BATCH = [data.Example("", "", x, answer, []) for x, answer in (
     ([0, 2, 1], [2, 0]), ([2], [4]), ([1, 0, 3, 2, 0], [0, 1, 4]), ([3, 1], [1, 4]))]
 COOL = 0.75  # a temperature that float32 holds exactly
+OWN = 2  # tokens of the policy's own answer
 
 
 def llama(seed: int, attention: str = "latro", dtype=torch.float64, layers: int = 1):
@@ -95,28 +96,54 @@ def context_and_y(ids: list[int], reason: int, answer: list[int], credit: str):
     return z, ([1, 2] if z else [3]) + answer
 
 
-def log_pi(policy, before: list[int], tokens: list[int], temperature: float = 1.0):
-    """log pi(tokens | before), by a forward over this one sequence."""
+def replies(args: latro.Args) -> dict[tuple[int, ...], tuple[int, int]]:
+    """What may be sampled in an update: the ids -> how many are z and what ended it, and what did.
+    For the reward "correct", an answer of up to OWN tokens follows a template."""
+    found = {}
+    for z, reason in outcomes(args.L).items():
+        answers = [()]
+        if args.reward == "correct" and reason > 0:
+            answers = [a for n in range(1, OWN + 1) for a in itertools.product(range(V), repeat=n)
+                       if EOS not in a[:-1] and (n == OWN or a[-1] == EOS)]
+        found |= {z + answer: (len(z), reason) for answer in answers}
+    return found
+
+
+def is_right(ids: list[int]) -> bool:
+    """A verifier of no meaning, which looks at every token of a reply."""
+    return sum(n * token for n, token in enumerate(ids, 1)) % 3 == 0
+
+
+def log_pi_of_each(policy, before: list[int], tokens: list[int], temperature: float = 1.0):
+    """log pi of each token after those before, by a forward over this one sequence."""
     logits = policy(torch.tensor([before + tokens])).logits[0, len(before) - 1:-1]
     logp = (logits / temperature).log_softmax(-1)
-    return logp.gather(-1, torch.tensor(tokens)[:, None]).sum()
+    return logp.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def log_pi(*args):
+    return log_pi_of_each(*args).sum()
 
 
 def objective(policy, reference, e: data.Example, args: latro.Args):
     """J of one question, and the probabilities of its outcomes."""
-    logp, logp0, y, cut = [], [], [], []
-    for ids, reason in outcomes(args.L).items():
-        context, target = context_and_y([*ids], reason, e.answer, args.credit)
+    rewards = {"logp": lambda ids, y: y.sum(), "prob": lambda ids, y: y.sum().exp(),
+               "mean-prob": lambda ids, y: y.exp().mean(),
+               "correct": lambda ids, y: torch.tensor(float(is_right(ids)), dtype=y.dtype)}
+    logp, logp0, value, cut = [], [], [], []
+    for ids, (end, reason) in replies(args).items():
+        context, target = context_and_y([*ids[:end]], reason, e.answer, args.credit)
         logp.append(log_pi(policy, e.x, [*ids], args.temperature))
         logp0.append(log_pi(reference, e.x, [*ids], args.temperature) if reference else logp[-1])
-        y.append(log_pi(policy, e.x + context, target))
+        value.append(rewards[args.reward](ids, log_pi_of_each(policy, e.x + context, target)))
         cut.append(float(reason == 0))
-    logp, logp0, y, cut = *map(torch.stack, (logp, logp0, y)), torch.tensor(cut)
-    p, value = logp.exp(), y.exp() if args.reward == "prob" else y
+    logp, logp0, value, cut = *map(torch.stack, (logp, logp0, value)), torch.tensor(cut)
+    p = logp.exp()
     if args.bound == "elbo":
         J = (p * value).sum() - args.beta * (p * (logp - logp0)).sum()
         return J - args.truncation_penalty * (p * cut).sum(), p.detach()
-    r, k = y - args.beta * (logp - logp0) - args.truncation_penalty * cut, tuples(len(p), args.K)
+    r = value - args.beta * (logp - logp0) - args.truncation_penalty * cut
+    k = tuples(len(p), args.K)
     return (p[k].prod(1) * r[k].exp().mean(1).log()).sum(), p.detach()
 
 
@@ -140,8 +167,9 @@ def expected(batch, chances, args: latro.Args):
     """The estimate of latro.score on every K-tuple of outcomes, times the tuple's probability."""
     policy, reference = llama(1), llama(2) if args.beta else None
     for e, p in zip(batch, chances):
-        z = [latro.split_rollout(CODEC, [*ids], len(ids), reason, e.answer, args.credit)
-             for ids, reason in outcomes(args.L).items()]
+        credit = "reply" if args.reward == "correct" else args.credit
+        z = [latro.split_rollout(CODEC, [*ids], end, reason, e.answer, credit)._replace(
+                right=is_right(ids)) for ids, (end, reason) in replies(args).items()]
         for k in tuples(len(z), args.K).split(4096):
             groups = [[z[i] for i in row] for row in k.tolist()]
             logp, s = latro.score(policy, reference, [e] * len(k), groups, args)
@@ -157,6 +185,10 @@ CASES = dict(
     full_cool=dict(credit="full", temperature=COOL, truncation_penalty=0.5),
     prob=dict(reward="prob"), prob_full=dict(reward="prob", credit="full", temperature=COOL),
     prob_penalty=dict(reward="prob", truncation_penalty=0.5, K=3),
+    mean_prob=dict(reward="mean-prob"),
+    mean_prob_full=dict(reward="mean-prob", credit="full", temperature=COOL, K=3),
+    correct=dict(reward="correct"), correct_no_reference=dict(reward="correct", beta=0.0),
+    correct_penalty=dict(reward="correct", truncation_penalty=0.5, temperature=COOL),
     iwae=dict(bound="iwae"), iwae_three=dict(bound="iwae", K=3),
     iwae_full=dict(bound="iwae", credit="full", L=3),
     iwae_no_reference=dict(bound="iwae", beta=0.0),
@@ -168,7 +200,7 @@ def test_mean_of_the_estimate_is_the_exact_gradient(case):
     args, batch = settings(**CASES[case]), BATCH[:2]
     g, chances = exact(batch, args)
     for p in chances:
-        assert abs(p.sum() - 1) < 1e-12 and p.min() > 1e-6 and p.max() < 0.9
+        assert abs(p.sum() - 1) < 1e-12 and p.min() > 1e-8 and p.max() < 0.9
     wrong = error(expected(batch, chances, args), g)
     print(f"{case}: relative error {wrong:.1e}")
     assert wrong < 1e-12
@@ -178,7 +210,8 @@ def reweighted(change):
     """Mutants of score_rationales: change(w_z, w_y, r, K, beta, total), (N,) each."""
     def mutant(logp, logp0, z_start, y_start, end, K, beta, **options):
         s = kernels.score_rationales(logp, logp0, z_start, y_start, end, K, beta, **options)
-        w = change(s.token_weights[z_start], s.token_weights[y_start], s.reward, K, beta, options["total"])
+        w = change(s.token_weights[z_start], s.token_weights[y_start], s.reward, K, beta,
+                   options["total"])
         tokens = torch.stack([y_start - z_start, end - y_start], 1).flatten()
         weights = torch.stack(w, 1).flatten().repeat_interleave(tokens)
         return s._replace(token_weights=weights)
@@ -206,6 +239,13 @@ def ended_for_free(by: str):
     return repacked(change)
 
 
+def last_token_for_free(tree, z):
+    """The last token of the policy's own answer is not an action."""
+    targets = tree.targets.clone()
+    targets[[y_start - 1 for r, y_start in zip(z, tree.spans[1]) if not r.truncated]] = -100
+    return tree._replace(targets=targets)
+
+
 def share_of_kl(w_z, w_y, r, K, beta, total):
     """The iwae without its own gradient of the KL, -beta s_k."""
     return w_z + K * beta * r.view(-1, K).softmax(1).flatten() / total, w_y
@@ -229,6 +269,9 @@ MUTANTS = dict(  # name: the case it shows in, the name in latro.py to replace, 
         spans=(tree.spans[0], tree.spans[1] - 1, tree.spans[2])))),
     no_temperature=("cool", *repacked(lambda tree, _: tree._replace(
         temperature=torch.ones_like(tree.temperature)))),
+    free_answer=("correct", *repacked(last_token_for_free)),
+    # Every token of y by the probability of the first.
+    mean_prob_of_the_first_token=("mean_prob", *reweighted(lambda w_z, w_y, *_: (w_z, w_y))),
     no_penalty=("penalty", "score_rationales",
                 lambda *a, penalty, **options: kernels.score_rationales(*a, **options)))
 
@@ -275,7 +318,8 @@ def test_every_outcome_has_its_interval(L, temperature, within):
 @pytest.mark.parametrize("others", ["none", "long", "short"])
 @torch.no_grad()
 def test_outcomes_do_not_depend_on_other_rows(others, monkeypatch):
-    """Each alone; with nine rows that L ends, none of which is dropped; with nine that end at once."""
+    """Each alone; with nine rows that L ends, of which none is dropped; with nine that end at
+    once."""
     kept, select_rows = [], decode.Decoder.select_rows
 
     def spy(self, rows):
@@ -394,31 +438,39 @@ def log_mean_exp(r: list[float]) -> float:
 
 
 def one_by_one(logp, logp0, spans, K, beta, bound="elbo", reward="logp", answer_weight=1.0,
-               penalty=None, total=None):
+               penalty=None, total=None, right=None):
     """score_rationales in plain Python, a rationale at a time, by the formulas of its docstring."""
-    rows, weights = [], []
+    rows, weights, on_ys = [], [], []
     for n, (a, b, c) in enumerate(spans):
         logp_z, logp0_z, logp_y = sum(logp[a:b]), sum((logp0 or logp)[a:b]), sum(logp[b:c])
-        gain = math.exp(logp_y) if reward == "prob" else logp_y
+        p = [math.exp(v) for v in logp[b:c]]
+        gain, slopes = {
+            "logp": lambda: (logp_y, [1.0] * len(p)),
+            "prob": lambda: (math.exp(logp_y), [math.exp(logp_y)] * len(p)),
+            "mean-prob": lambda: (sum(p) / max(1, len(p)), [v / len(p) for v in p]),
+            "correct": lambda: (float(right[n]), [0.0] * len(p))}[reward]()
+        on_ys.append(slopes)
         rows.append([logp_z, logp0_z, logp_y, gain - beta * (logp_z - logp0_z) - penalty[n]])
     for n, (a, b, c) in enumerate(spans):
         k, group = n % K, [row[3] for row in rows[n - n % K:n - n % K + K]]
         r, others = group[k], group[:k] + group[k + 1:]
         if bound == "elbo":
             A = r - sum(others) / (K - 1)
-            on_z, on_y = A, math.exp(rows[n][2]) if reward == "prob" else 1.0
+            on_z, on_y = A, 1.0
         else:
             A, s = log_mean_exp(group) - log_mean_exp(others), math.exp(r - log_mean_exp(group)) / K
             on_z, on_y = K * (A - beta * s), K * s  # K / N = 1 / B: a question's share is one
         rows[n].append(A)
         N = total or len(spans)
-        weights += [on_z / N] * (b - a) + [answer_weight * on_y / N] * (c - b)
+        weights += [on_z / N] * (b - a) + [answer_weight * on_y * v / N for v in on_ys[n]]
     return *zip(*rows), weights
 
 
 @pytest.mark.parametrize("K", [2, 3, 5])
 @pytest.mark.parametrize("options", [
-    dict(), dict(reward="prob"), dict(bound="iwae"), dict(answer_weight=0.3, total=100),
+    dict(), dict(reward="prob"), dict(reward="mean-prob"), dict(reward="correct"),
+    dict(bound="iwae"), dict(answer_weight=0.3, total=100),
+    dict(reward="mean-prob", answer_weight=0.3, total=100),
     dict(bound="iwae", answer_weight=0.3, total=100)], ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
@@ -431,11 +483,13 @@ def test_score_rationales_one_by_one(K, options, dtype, tolerance, scale):
     spans = edges[:-1:2], edges[1::2], edges[2::2]
     logp, logp0 = torch.tensor(-scale * rng.random((2, edges[-1]))).to(dtype)
     penalty = torch.tensor(rng.integers(0, 2, 4 * K) * 1.5).to(dtype)
+    options = options | dict(right=torch.arange(4 * K) % 3 == 1)
     for reference, beta in ((logp0, 0.3), (None, 0.0)):
         s = kernels.score_rationales(
             logp, reference, *map(torch.tensor, spans), K, beta, penalty=penalty, **options)
         known = None if reference is None else reference.tolist()
-        plain = one_by_one(logp.tolist(), known, [*zip(*spans)], K, beta, penalty=penalty.tolist(), **options)
+        plain = one_by_one(logp.tolist(), known, [*zip(*spans)], K, beta,
+                           penalty=penalty.tolist(), **options)
         assert (s.logp0_z is None) == (reference is None)
         for name, found, wanted in zip(s._fields, s, plain):
             if found is not None:

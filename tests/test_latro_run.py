@@ -217,6 +217,29 @@ def test_prob_rewards_a_probability(tmp_path, default):
     assert ours[0]["grad_norm"] != theirs[0]["grad_norm"]
 
 
+def test_mean_prob_rewards_the_mean_probability_of_a_token(tmp_path, default):
+    """It is at least the probability of all of y."""
+    ours, theirs = two(tmp_path, "--reward", "mean-prob", "--beta", 0), rows(default)
+    rationales = [s for row in rows(tmp_path / "out", "samples")[1:3] for s in row["samples"]]
+    assert all(math.exp(s["logp_y"]) <= s["reward"] <= 1 for s in rationales)
+    assert ours[0]["logp_y"] == theirs[0]["logp_y"]  # the same rationales
+    assert ours[0]["grad_norm"] != theirs[0]["grad_norm"]
+
+
+def test_correct_rewards_the_policys_own_answer(tmp_path, default):
+    """The same z as ever, each with an answer of the policy's own, which is all that counts: no y
+    is scored. An evaluation scores it as ever."""
+    ours, theirs = two(tmp_path, "--reward", "correct", "--beta", 0), rows(default)
+    assert ours[0]["z_len"] == theirs[0]["z_len"]
+    assert all(row["logp_y"] is row["elbo"] is row["answer"] is None for row in ours)
+    rationales = [s for row in rows(tmp_path / "out", "samples")[1:3] for s in row["samples"]]
+    assert all(s["reward"] == s["right"] and s["answers"] == 0 for s in rationales)
+    assert all(s["actions"] > s["z_len"] + 3 for s in rationales if s["right"])  # "The answer is"
+    assert {s["right"] for s in rationales} == {True, False}
+    evals, others = rows(tmp_path / "out", "evals"), rows(default, "evals")
+    assert evals[0]["logp_y"] == others[0]["logp_y"] and evals[0]["reward"] == evals[0]["sampled"]
+
+
 def test_full_credit_puts_the_template_into_y(tmp_path, default):
     ours, theirs = two(tmp_path, "--credit", "full")[0], rows(default)[0]
     assert ours["z_len"] == theirs["z_len"]  # the same rationales

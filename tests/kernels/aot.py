@@ -71,7 +71,9 @@ def launches():
     for K in (2, 16, 100, 512):
         start, logp, penalty = torch.arange(0, 3 * K, 3), torch.zeros(3 * K), torch.zeros(K)
         for options in (dict(logp0=logp, penalty=penalty), dict(logp0=logp, bound="iwae"),
-                        dict(logp0=None, penalty=0.5, reward="prob")):
+                        dict(logp0=None, penalty=0.5, reward="prob"),
+                        dict(logp0=logp, reward="mean-prob"),
+                        dict(logp0=logp, reward="correct", right=penalty > 0)):
             yield (dict(K=K, given=", ".join(options)),
                    lambda: rationale_score.score_rationales(
                        logp, z_start=start, y_start=start + 1, end=start + 3, K=K, beta=0.05,

@@ -682,6 +682,8 @@ OPTIONS = dict(
     elbo={}, prob=dict(reward="prob"), iwae=dict(bound="iwae"),
     weight_0=dict(answer_weight=0.0), weight_and_total=dict(answer_weight=0.3, total=100),
     prob_weight=dict(reward="prob", answer_weight=0.3),
+    mean_prob=dict(reward="mean-prob"), mean_prob_weight=dict(reward="mean-prob", answer_weight=0.3),
+    correct=dict(reward="correct"),
     iwae_weight_and_total=dict(bound="iwae", answer_weight=0.3, total=100))
 
 
@@ -692,17 +694,17 @@ def test_scores_one_by_one(K, options, scale):
     """Compares with plain Python, one rationale at a time: with rewards close together and far
     apart, with and without a reference, and with penalties per rationale, for all, and none."""
     logp, logp0, spans = make_rationales(K, groups=2, scale=scale)
-    each = torch.arange(len(spans[0])) % 3 * 0.75
+    each, right = torch.arange(len(spans[0])) % 3 * 0.75, torch.arange(len(spans[0])) % 3 == 1
+    own = OPTIONS[options] | dict(right=right)
     for prior, beta, penalty in ((logp0, 0.3, each), (logp0, 0.0, 0.0), (None, 0.3, 1.5)):
-        found = score(logp, prior, *spans, K, beta, penalty=penalty, **OPTIONS[options])
+        found = score(logp, prior, *spans, K, beta, penalty=penalty, **own)
         wanted = [*one_by_one(
             logp.tolist(), None if prior is None else prior.tolist(), [*zip(*map(list, spans))],
-            K, beta, penalty=torch.as_tensor(penalty).expand(len(each)).tolist(),
-            **OPTIONS[options])]
+            K, beta, penalty=torch.as_tensor(penalty).expand(len(each)).tolist(), **own)]
         wanted[1] = None if prior is None else wanted[1]
         assert_scores_agree(found, wanted)
         if prior is not None and not beta:  # with beta = 0 logp0_z is still reported
-            assert_scores_agree(found, in_float64(logp, prior, spans, K, beta, **OPTIONS[options]))
+            assert_scores_agree(found, in_float64(logp, prior, spans, K, beta, **own))
 
 
 @pytest.mark.parametrize("bound", ["elbo", "iwae"])
