@@ -53,7 +53,7 @@ from harness.distributed import (all_gather_list, compute_dtype, exit_process, i
                                  is_main_process, local_slice, processes, unsharded)
 from harness.errors import UserError, run_cli, usage_error
 from harness.metrics import environment, records, summary
-from harness.model import load_model
+from harness.model import load_config, load_model
 from harness.report import (PARTS, content, markdown, most_informative_first, outcomes, page, show,
                             table, verdict, write_page)
 from harness.statistics import band, estimates, gains, majority_curve, mcnemar, pass_at_k
@@ -332,7 +332,11 @@ def models_by_row(flags: argparse.Namespace, base: str) -> dict[str, str]:
 def grade(flags: argparse.Namespace, args: latro.Args) -> dict[str, list[dict]]:
     """The records of every row."""
     models, device = models_by_row(flags, args.model), init_distributed(args.timeout)
-    codec, train_rows = load_codec_and_train_rows(args)
+    for model in models.values():  # all are checked before the first is graded
+        load_config(dataclasses.replace(args, model=model))
+    # The prompts of training: another --base may have another chat template.
+    trained = dataclasses.replace(args, model=flags.ckpt[0])
+    codec, train_rows = load_codec_and_train_rows(trained)
     questions = train_rows if flags.split == "train" else read_rows(args, flags.split)
     questions = questions[:flags.questions or None]
     if not questions:

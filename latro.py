@@ -37,7 +37,8 @@ from tqdm import tqdm
 import kernels  # before transformers: see there
 from harness import config, memory
 from harness.answers import answer_in, same_answer
-from harness.checkpoint import append_jsonl, init_run_dir, restore_checkpoint, save_checkpoint
+from harness.checkpoint import (append_jsonl, init_run_dir, record_schedule, restore_checkpoint,
+                                save_checkpoint)
 from harness.codec import Codec, Example
 from harness.config import flag
 from harness.data import PROMPTS, TASKS, load_datasets
@@ -47,7 +48,7 @@ from harness.distributed import (all_gather_list, assign_micro_batches, backward
                                  unsharded)
 from harness.errors import DIVERGENCE_HINT, UserError, run_cli, timed
 from harness.metrics import check_finite, peak_memory, records, summary, throughput
-from harness.model import load_config, load_model
+from harness.model import check_same_shape, load_config, load_model
 from harness.report import HEADLINES, before_and_after, how_rationales_end
 from kernels import token_logprobs
 from kernels.attention import Layout, build_layout
@@ -65,6 +66,7 @@ class Args:
     """The settings of a run. PRESETS sets what differs by task."""
     model: str = flag(None, "hub id or directory; the toy ships with this file",
                       group="model and data")
+    reference: str = flag(None, "pi_0 where it is another model than --model: id or directory")
     task: str = flag(None, "kind of question", (*TASKS,))
     data: str = flag(None, "directory with train.jsonl and test.jsonl, or a hub id")
     prompt: str = flag(None, 'what is asked, with "{question}" in it')
@@ -453,16 +455,21 @@ def score(policy, reference, examples: list[Example], groups: list[list[Rational
 
 
 # ------------------------------------------------------------------------------ 5. optimizer step
+def learning_rate(step: int, args: Args) -> float:
+    """Of update step + 1: a linear rise over --warmup updates, then a linear fall to 0."""
+    remaining, decay = args.steps - step, max(1, args.steps - args.warmup)
+    return args.lr * min(1.0, (step + 1) / (args.warmup + 1), remaining / decay)
+
+
 def optimizer_step(policy, optimizer, step: int, args: Args) -> tuple[float, float]:
     """One step of AdamW on clipped gradients. Returns the norm before clipping, and the learning
-    rate: a linear rise over --warmup updates, then a linear fall to 0."""
+    rate."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip or math.inf)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not math.isfinite(norm):
         raise UserError(f"update {step + 1}: the gradient is {norm}; {args.out} keeps its last"
                         f" state; {DIVERGENCE_HINT}")
-    remaining, decay = args.steps - step, max(1, args.steps - args.warmup)
-    lr = args.lr * min(1.0, (step + 1) / (args.warmup + 1), remaining / decay)
+    lr = learning_rate(step, args)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -537,6 +544,15 @@ def epochs_to_steps(epochs: float, size: int, questions: int) -> int:
     return math.ceil(Fraction(str(epochs)) * size / questions)
 
 
+def set_length(args: Args, start: int) -> None:
+    """Records how long the run is, and says so where --resume changes it."""
+    if start > args.steps:
+        raise UserError(f"--steps {args.steps}: {args.out} has {start} updates already; give more")
+    if record_schedule(args, start):
+        print0(f"from update {start + 1} on, the learning rate is that of a run of {args.steps}"
+               f" updates: {learning_rate(start, args):.3g} at first")
+
+
 def propose_rationales(policy, codec: Codec, examples: list[Example], step: int,
                        args: Args) -> list[list[Rationale]]:
     """Rationales of an update, [B][K], the same on every rank: sampled, or for SFT the gold one."""
@@ -550,12 +566,14 @@ def propose_rationales(policy, codec: Codec, examples: list[Example], step: int,
 
 
 def load_policies(args: Args, device: torch.device) -> tuple:
-    """The policy in float32, and pi_0: the same weights, frozen, in the dtype that computes. None
-    where no KL needs it."""
+    """The policy in float32, and pi_0: the same weights, or those of --reference, frozen, in the
+    dtype that computes. None where no KL needs it."""
+    initial = dataclasses.replace(args, model=args.reference or args.model)
+    check_same_shape(args, initial)
     policy = load_model(args, device, torch.float32, logprobs)
     if args.objective == "sft" or args.beta == 0:
         return policy, None
-    return policy, load_model(args, device, compute_dtype(device), logprobs)
+    return policy, load_model(initial, device, compute_dtype(device), logprobs)
 
 
 def train(args: Args) -> None:
@@ -569,6 +587,7 @@ def train(args: Args) -> None:
     start, epoch = restore_checkpoint(args, policy, optimizer), args.questions / len(train_set)
     args.steps = args.steps or epochs_to_steps(args.epochs, len(train_set), args.questions)
     print0(f"{args.steps} updates of {args.questions} questions = {args.steps * epoch:.3g} epochs")
+    set_length(args, start)
     if start == 0:
         evaluate_and_log(0, policy, reference, codec, held_out, args)
 
@@ -629,7 +648,7 @@ def parse(argv: list[str] | None) -> Args:
 def run(argv: list[str] | None) -> None:
     args = parse(argv)
     if args.plan:
-        print0(memory.plan(load_config(args)[0], args, args.plan))
+        print0(memory.plan(load_config(args), args, args.plan))
     else:
         train(args)
 

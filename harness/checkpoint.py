@@ -1,7 +1,7 @@
 """The directory of a run: model, logs and training state.
 
     out/config.json, model.safetensors, tokenizer...   an ordinary Hugging Face directory
-    out/latro.json                                     settings, base model, versions
+    out/latro.json                                     settings, pi_0, schedule, versions
     out/metrics.jsonl, evals.jsonl, samples.jsonl      logs, one row per line
     out/state/step-000050/                             weights, AdamW's moments, checksums
 
@@ -142,9 +142,26 @@ def init_run_dir(args) -> None:
                         " or choose another name")
     if is_main_process() and not (out / "latro.json").exists():
         settings = dataclasses.asdict(args) | dict(resume=False)
-        note = dict(args=settings, base=args.model) | environment(processes())
+        base = args.reference or args.model
+        note = dict(args=settings, base=base) | environment(processes())
         atomic_write(out / "latro.json", json.dumps(note, indent=2))
     dist.barrier()
+
+
+def record_schedule(args, start: int) -> bool:
+    """Notes in latro.json that the run has args.steps updates, from update `start` on, which the
+    learning rate depends on. Returns whether it had another number before."""
+    path = Path(args.out, "latro.json")
+    note = json.loads(path.read_text())
+    known = note.get("schedule", [[0, note["args"]["steps"] or args.steps]])
+    schedule = [entry for entry in known if entry[0] < start] or [[0, args.steps]]
+    changed = schedule[-1][1] != args.steps
+    schedule += [[start, args.steps]] * changed
+    note["args"] |= dict(epochs=args.epochs, steps=None if args.epochs else args.steps)
+    dist.barrier()  # all have read
+    if is_main_process():
+        atomic_write(path, json.dumps(note | dict(schedule=schedule), indent=2))
+    return changed
 
 
 def save_checkpoint(args, policy, optimizer, tokenizer, step: int) -> None:

@@ -19,7 +19,7 @@ from kernels.attention import max_context
 
 from .answers import TEMPLATE, answer_in, same_answer
 from .errors import UserError, short_error
-from .model import load_config
+from .model import load_config, load_tokenizer
 
 REPLY = "REPLY"  # a text that no chat template contains
 CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # a call in a chat template
@@ -216,7 +216,8 @@ def context_of(config) -> tuple[int, str]:
 
 def load_codec(args, prompt: str, shots: Sequence) -> Codec:
     """The codec of --model. Raises UserError where no EOS is known."""
-    config, tokenizer = load_config(args)
+    config = load_config(args)
+    tokenizer = load_tokenizer(args, config)
     try:
         eos = transformers.GenerationConfig.from_pretrained(args.model).eos_token_id
     except OSError:

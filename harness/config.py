@@ -10,7 +10,8 @@ from pathlib import Path
 from .distributed import processes, restart_count
 from .errors import UserError, short_error, usage_error
 
-RESUMABLE_FLAGS = "resume", "out", "micro", "checkpointing", "kernels", "keep", "timeout"
+RESUMABLE_FLAGS = ("resume", "out", "micro", "checkpointing", "kernels", "keep", "timeout", "steps",
+                   "epochs")
 
 
 def flag(default, help: str, choices=None, least=None, group: str = ""):
@@ -26,7 +27,7 @@ def option(name: str) -> str:
 
 
 def load_run_config(cls, folder: str | Path) -> dict:
-    """latro.json of a run: its "args" and its "base" model; empty and None for a directory without
+    """latro.json of a run: its "args" and its "base", pi_0; empty and None for a directory without
     one. Raises UserError for a file that this version does not write."""
     note = Path(folder, "latro.json")
     try:
@@ -79,8 +80,6 @@ def parse_args(cls, argv: list[str] | None, presets: dict[str, dict]):
     parser = make_parser(cls, task_defaults(cls, task_flags(cls, argv), presets))
     given = vars(parser.parse_args(argv))
     settings = task_defaults(cls, given, presets)
-    if "steps" in given or "epochs" in given:
-        settings |= dict(steps=None, epochs=None)
     out = Path(given.get("out", settings["out"]))
     run = (out / "latro.json").exists()
     if restart_count() and run:
@@ -92,6 +91,8 @@ def parse_args(cls, argv: list[str] | None, presets: dict[str, dict]):
         if changed:
             raise UserError(f"--resume: {out} began with other flags: {'; '.join(changed)};"
                             " leave them out, or start a new run with another --out")
+    if "steps" in given or "epochs" in given:
+        settings |= dict(steps=None, epochs=None)
     args = cls(**settings | given)
     args.date = args.date or date.today().isoformat()
     return check_args(args)

@@ -19,16 +19,20 @@ AttentionInterface.register("latro", attention)
 transformers.logging.disable_progress_bar()
 
 
-def load_config(args) -> tuple:
-    """(configuration, tokenizer) of --model. Raises UserError for a model that is not there or not
-    supported."""
+def from_pretrained(kind, args):
+    """The configuration or tokenizer of --model. Raises UserError for one that is not there."""
     try:
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        return kind.from_pretrained(args.model, trust_remote_code=False)
     except Exception as e:  # a directory may hold anything, and each library raises its own
         here = "no whole model" if Path(args.model).is_dir() else "no directory, nor on the hub"
         raise UserError(f"--model {args.model}: {here} ({short_error(e)}); pass a directory in"
                         " Hugging Face's format, or a hub id") from e
+
+
+def load_config(args):
+    """The configuration of --model. Raises UserError for a model that is not there or not
+    supported."""
+    config = from_pretrained(AutoConfig, args)
     if getattr(config, "quantization_config", None):
         raise UserError(f"--model {args.model}: its weights are quantised, and cannot be trained;"
                         " dequantise them first: load it with transformers, call dequantize() and"
@@ -36,10 +40,30 @@ def load_config(args) -> tuple:
     if features := unsupported(config):
         raise UserError(f"--model {args.model}: {config.model_type} has {', '.join(features)},"
                         " which is not supported; take a Llama, Mistral, Qwen or Phi-3 model")
+    return config
+
+
+def load_tokenizer(args, config):
+    """The tokenizer of --model. Raises UserError for one that is not there, or not this model's."""
+    tokenizer = from_pretrained(AutoTokenizer, args)
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, its"
                         f" embedding {config.vocab_size}; they do not belong together")
-    return config, tokenizer
+    return tokenizer
+
+
+def check_same_shape(args, initial) -> None:
+    """Raises UserError for a --reference that has other tokens or other sizes than --model."""
+    if initial.model == args.model:
+        return
+    ours, theirs = load_config(args), load_config(initial)
+    sizes = "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"
+    different = [k for k in sizes if getattr(ours, k) != getattr(theirs, k)]
+    if load_tokenizer(args, ours).get_vocab() != load_tokenizer(initial, theirs).get_vocab():
+        different.append("tokens")
+    if different:
+        raise UserError(f"--reference {initial.model}: differs from --model {args.model} in"
+                        f" {', '.join(different)}; take a model of the same kind and size")
 
 
 def load_model(args, device: torch.device, dtype: torch.dtype, logprobs: Callable) -> nn.Module:
@@ -48,7 +72,7 @@ def load_model(args, device: torch.device, dtype: torch.dtype, logprobs: Callabl
     `logprobs` (model, tree) becomes a method, so that FSDP's hooks gather the weights around it.
     Activation checkpointing is on if the flag says so, or if --plan's arithmetic asks for it.
     Raises UserError, before anything is read, for a model that does not fit."""
-    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+    config = load_config(args)
     checkpointing = needs_activation_checkpointing(config, args, processes(), device)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(

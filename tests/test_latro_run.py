@@ -139,7 +139,7 @@ def test_every_flag_is_recorded(tmp_path):
     out = start(*given, "--no-checkpointing", out=tmp_path / "out")
     noted = json.loads((out / "latro.json").read_text())["args"]
     rest = dict(out=str(out), objective="latro", reward="logp", epochs=None, shard=0,
-                checkpointing=False, resume=False, plan=False)
+                checkpointing=False, resume=False, plan=False, reference=None)
     assert noted == flags | rest
 
 
@@ -265,6 +265,31 @@ def test_beta_zero_loads_no_reference(tmp_path, monkeypatch):
     assert len(loads) == 1
     assert all(row["elbo"] is None and row["kl"] is None for row in metrics)
     assert all(row["reward"] == pytest.approx(row["logp_y"]) for row in metrics)
+
+
+def test_pi_0_may_be_another_model(shipped, tmp_path):
+    """The KL is to --reference, from the first update on, and the same as from a trained policy to
+    its base. latro.json records both."""
+    flags = "--model", shipped[0], "--reference", TOY, "--task", "toy"
+    ours, theirs = two(tmp_path, *flags)[0], rows(start(
+        *TINY, "--model", shipped[0], "--task", "toy", "--steps", 1, out=tmp_path / "alone"))[0]
+    assert ours["kl"] != 0 == theirs["kl"] and ours["logp_y"] == theirs["logp_y"]
+    first = rows(tmp_path / "out", "samples")[1]["samples"]
+    assert all(s["logp_z"] != s["logp0_z"] for s in first)
+    note = json.loads((tmp_path / "out/latro.json").read_text())
+    assert note["base"] == str(TOY) == note["args"]["reference"]
+    assert note["args"]["model"] == str(shipped[0])
+
+
+def test_a_reference_of_another_kind(tmp_path, capsys):
+    small = shutil.copytree(TOY, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | dict(num_hidden_layers=1)))
+    flags = *TINY, "--reference", small, "--out", tmp_path / "out"
+    assert latro.main([*map(str, flags)]) == 1
+    line = capsys.readouterr().err
+    assert f"--reference {small}" in line and "num_hidden_layers" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_beta_weighs_the_kl(tmp_path):
@@ -450,6 +475,34 @@ def test_resume_of_a_finished_run_changes_nothing(full, tmp_path):
     out = shutil.copytree(full, tmp_path / "out")
     start("--resume", out=out)
     same_run(out, full)
+
+
+def test_a_run_goes_on_longer(full, tmp_path, monkeypatch, capsys):
+    """Bit for bit a run whose learning rate was set so from the start: the same reference, moments
+    and data order. It is said, recorded, and kept by the next --resume."""
+    out = shutil.copytree(full, tmp_path / "out")
+    start("--resume", "--steps", 6, out=out, stop=5)
+    assert "from update 5 on, the learning rate is that of a run of 6 updates: 0.0001" in (
+        capsys.readouterr().out)
+    start("--resume", out=out)
+    note = json.loads((out / "latro.json").read_text())
+    assert note["schedule"] == [[0, 4], [4, 6]] and note["args"]["steps"] == 6
+    learning_rate = latro.learning_rate
+
+    def of_both(step, args):
+        return learning_rate(step, dataclasses.replace(args, steps=4 if step < 4 else 6))
+    monkeypatch.setattr(latro, "learning_rate", of_both)
+    other = start(*LONG, "--steps", 6, out=tmp_path / "other")
+    assert untimed(rows(out)) == untimed(rows(other)) and len(rows(out)) == 6
+    assert contents(out)[weights] == contents(other)[weights]
+
+
+def test_a_run_cannot_become_shorter_than_it_is(full, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(full, tmp_path / "out")
+    before = contents(out)
+    assert latro.main(["--resume", "--steps", "3", "--out", str(out)]) == 1
+    assert "--steps 3" in capsys.readouterr().err
+    assert {k: v for k, v in contents(out).items() if k in before} == before
 
 
 class Killed(BaseException):

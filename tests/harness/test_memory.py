@@ -322,7 +322,7 @@ def test_no_card_is_large_enough(monkeypatch, capsys):
 def test_a_model_that_no_gpu_can_hold_is_not_loaded(flags, refused, monkeypatch):
     """SFT samples nothing, so nothing is gathered whole."""
     args, device = latro.parse(flags), torch.device("cuda")
-    weights = 2 * memory.Shape(load_config(args)[0], args, 1).parameters
+    weights = 2 * memory.Shape(load_config(args), args, 1).parameters
     monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", None)
     for room, too_small in ((weights, False), (weights - 2, refused)):
         card = SimpleNamespace(total_memory=1.06 * room + 0.1)
