@@ -51,7 +51,7 @@ from harness.metrics import check_finite, peak_memory, records, summary, through
 from harness.model import check_same_shape, load_config, load_model
 from harness.report import HEADLINES, before_and_after, how_rationales_end
 from kernels import token_logprobs
-from kernels.attention import Layout, build_layout
+from kernels.attention import Layout, build_layout, logits_divisor
 from kernels.decode import CUDAGraphRunner, Decoder, DecodeState, compact
 from kernels.reference import Scores, inverse_cdf_sample
 
@@ -162,6 +162,7 @@ def sample_rationales(policy, prompts: list[list[int]], stops: Tensor, eos: list
                             max_answer_tokens)
     state = DecodeState(len(prompts) * K, max_tokens, device)
     decoder = Decoder(policy, prompts, K, max_tokens)
+    temperature *= logits_divisor(policy.config)
 
     def draw(logits: Tensor) -> None:
         """A token for each row from its logits (rows, V); notes which rows have ended."""
@@ -336,10 +337,12 @@ def logprobs(policy: nn.Module, tree: Tree) -> Tensor:
     policy.train(torch.is_grad_enabled())  # train mode allows activation checkpointing
     head = policy.get_output_embeddings().weight  # (V, D)
     layout = tree.layout.additive(head, policy.config)
+    some, *_ = layout.branch_masks.values()  # transformers makes none of its own
     hidden = policy.model(input_ids=tree.ids, position_ids=tree.position, layout=layout,
-                          attention_mask=layout.branch_mask, use_cache=False).last_hidden_state[0]
+                          attention_mask=some, use_cache=False).last_hidden_state[0]
     policy.eval()
-    return token_logprobs(hidden[tree.sources], head, tree.targets, tree.temperature)
+    return token_logprobs(hidden[tree.sources], head, tree.targets,
+                          tree.temperature * logits_divisor(policy.config))
 
 
 def span_lengths(z_start: Tensor, y_start: Tensor, end: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kernels.attention import attention, patch_model, unsupported
+from kernels.attention import attention, patch_model
 
 from .distributed import apply_fsdp, processes
 from .errors import UserError, short_error
@@ -29,6 +29,29 @@ def from_pretrained(kind, args):
                         " Hugging Face's format, or a hub id") from e
 
 
+def unsupported(config) -> list[str]:
+    """The features of a model for which log-probs are known not to be exact here; [] if none. No
+    weights are needed."""
+    known = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale",
+             "is_encoder_decoder")
+    features = [name for name in known if getattr(config, name, None)]
+    kinds = {*(getattr(config, "layer_types", None) or [])}
+    features += sorted(kinds - {"full_attention", "sliding_attention"})
+    if features:
+        return features
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # each architecture raises its own
+        return ["no decoder that transformers can build"]
+    blocks = getattr(getattr(model, "model", None), "layers", [])
+    if not blocks or not all(hasattr(block, "self_attn") for block in blocks):
+        return ["layers without self-attention, or elsewhere than in model.layers"]
+    if any(hasattr(block.self_attn, "sinks") for block in blocks):
+        return ["attention sinks"]
+    return []
+
+
 def load_config(args):
     """The configuration of --model. Raises UserError for a model that is not there or not
     supported."""
@@ -39,7 +62,7 @@ def load_config(args):
                         " save_pretrained()")
     if features := unsupported(config):
         raise UserError(f"--model {args.model}: {config.model_type} has {', '.join(features)},"
-                        " which is not supported; take a Llama, Mistral, Qwen or Phi-3 model")
+                        " which is not supported; take another decoder, such as Llama or Qwen3")
     return config
 
 

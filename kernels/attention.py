@@ -1,6 +1,7 @@
-"""Attention for prompts, for decoding and for question trees, and the models it is right for.
+"""Attention for prompts, for decoding and for question trees.
 
-Masks are made here. transformers passes a 4D mask to the attention function unchanged.
+Masks are made here, one for each sliding window that a model's layers have. They reach the
+attention function as an argument of the model, and each layer says which window is its own.
 
 Shapes: B prompts, R branches, S tokens of a row, Q queries, d the width of a head.
 """
@@ -14,18 +15,19 @@ from torch import Tensor, nn
 
 PAD_POSITION = 2**30  # a position after all others: only padding attends to padding
 PAD_MULTIPLE = dict(cpu=1, cuda=64)  # sizes are rounded up: memory is reused, loads are aligned
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # those that the tests cover
+Masks = dict[int | None, Tensor]  # by sliding window, in tokens; None: a layer that sees everything
 
 
-def attention(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float,
-              layout: "Layout | None" = None, **_):
+def attention(module, q: Tensor, k: Tensor, v: Tensor, _, scaling: float,
+              sliding_window: int | None = None, masks: Masks | None = None,
+              layout: "Layout | None" = None, **others):
     """softmax(scaling q k^T + mask) v: the function that transformers calls in every layer.
 
-    q (B, heads, Q, d); k, v (B, groups, S, d); mask from `additive_mask`. With a layout, q, k and v
-    are the S tokens of one row and attention follows its trees. Returns (B, Q, heads, d)."""
+    q (B, heads, Q, d); k, v (B, groups, S, d); masks from `additive_masks`. With a layout, q, k and
+    v are the S tokens of one row and attention follows its trees. Returns (B, Q, heads, d)."""
     if layout is None:
-        return grouped_attention(q, k, v, mask, scaling).transpose(1, 2), None
-    return tree_attention(q, k, v, layout, scaling), None
+        return grouped_attention(q, k, v, masks[sliding_window], scaling).transpose(1, 2), None
+    return tree_attention(q, k, v, layout, sliding_window, scaling), None
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -35,22 +37,33 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: fl
     return o.reshape(q.shape)
 
 
-def causal_mask(query: Tensor, key: Tensor, window: float) -> Tensor:
+def windows(config) -> list[int | None]:
+    """The sliding windows that a model's layers have, in tokens; None: no window."""
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(config, "sliding_window", None)
+    return [*dict.fromkeys(None if kind == "full_attention" else window for kind in sorted(kinds))]
+
+
+def causal_masks(query: Tensor, key: Tensor, config) -> Masks:
     """Which query attends to which key, by position in the sequence: (B, Q), (B, S) -> (B, 1, Q, S)
     bool. A query attends to itself and to the window - 1 positions before it."""
-    distance = query[:, :, None] - key[:, None]
-    return ((distance >= 0) & (distance < window))[:, None]
+    distance = (query[:, :, None] - key[:, None])[:, None]
+    return {window: (distance >= 0) & (distance < (window or math.inf))
+            for window in windows(config)}
 
 
-def additive_mask(allowed: Tensor, like: Tensor, config) -> Tensor:
+def additive_masks(masks: Masks, like: Tensor, config) -> Masks:
     """(B, 1, Q, S) bool -> what is added to the logits, in the dtype of `like`: 0 or -inf.
 
     The shape is (B, 1, heads / groups * Q, S), as grouped_attention folds the queries; it
     broadcasts if Q is 1. Made once per forward pass: SDPA would convert a bool mask in every
     layer."""
-    added = torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, -math.inf)
     heads = config.num_attention_heads // config.num_key_value_heads
-    return added.repeat(1, 1, heads, 1) if allowed.shape[2] > 1 else added
+
+    def additive(allowed: Tensor) -> Tensor:
+        added = torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, -math.inf)
+        return added.repeat(1, 1, heads, 1) if allowed.shape[2] > 1 else added
+    return {window: additive(allowed) for window, allowed in masks.items()}
 
 
 class Layout(NamedTuple):
@@ -62,13 +75,13 @@ class Layout(NamedTuple):
 
     perm: Tensor  # (B P + R L,): the token in each slot
     inverse: Tensor  # (S,): the slot of each token
-    prompt_mask: Tensor  # (B, 1, P, P) bool
-    branch_mask: Tensor  # (R, 1, L, P + L) bool: a branch attends to its prompt and to itself
+    prompt_masks: Masks  # (B, 1, P, P) bool
+    branch_masks: Masks  # (R, 1, L, P + L) bool: a branch attends to its prompt and to itself
 
     def additive(self, like: Tensor, config) -> "Layout":
         """The layout with masks in the form that attention needs."""
-        return self._replace(prompt_mask=additive_mask(self.prompt_mask, like, config),
-                             branch_mask=additive_mask(self.branch_mask, like, config))
+        return self._replace(prompt_masks=additive_masks(self.prompt_masks, like, config),
+                             branch_masks=additive_masks(self.branch_masks, like, config))
 
 
 def build_layout(prompts: list[tuple[int, int]], branches: list[tuple[int, int]],
@@ -94,9 +107,8 @@ def build_layout(prompts: list[tuple[int, int]], branches: list[tuple[int, int]]
     perm, inverse, prompt, branch = (
         t.to(model.device) for t in (perm, inverse, position[prompt], position[branch]))
     keys = torch.cat([prompt.repeat_interleave(len(branches) // len(prompts), 0), branch], 1)
-    window = sliding_window(model.config)
-    return Layout(perm, inverse, causal_mask(prompt, prompt, window),
-                  causal_mask(branch, keys, window))
+    return Layout(perm, inverse, causal_masks(prompt, prompt, model.config),
+                  causal_masks(branch, keys, model.config))
 
 
 class Permute(torch.autograd.Function):
@@ -113,12 +125,14 @@ class Permute(torch.autograd.Function):
         return g[ctx.saved_tensors[0]], None, None
 
 
-def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
+def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None,
+                   scaling: float) -> Tensor:
     """Attention over one row of S tokens, each of which attends to its prompt and its own branch.
 
     Work and memory are those of R branches, each with a copy of its prompt's keys, not S^2. Returns
     (1, S, heads, d)."""
-    (B, *_, P), (R, *_, L) = layout.prompt_mask.shape, layout.branch_mask.shape
+    prompt_mask, branch_mask = layout.prompt_masks[window], layout.branch_masks[window]
+    (B, *_, P), (R, *_, L) = prompt_mask.shape, branch_mask.shape
 
     def split_rows(t: Tensor) -> tuple[Tensor, Tensor]:
         prompt, branch = Permute.apply(t[0].transpose(0, 1), layout.perm, layout.inverse).split(
@@ -129,16 +143,10 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: flo
     (q_x, q_z), (k_x, k_z), (v_x, v_z) = map(split_rows, (q, k, v))
     k_z, v_z = (torch.cat([x.repeat_interleave(R // B, 0), z], 2)
                 for x, z in ((k_x, k_z), (v_x, v_z)))
-    o = (grouped_attention(q_x, k_x, v_x, layout.prompt_mask, scaling),
-         grouped_attention(q_z, k_z, v_z, layout.branch_mask, scaling))
+    o = (grouped_attention(q_x, k_x, v_x, prompt_mask, scaling),
+         grouped_attention(q_z, k_z, v_z, branch_mask, scaling))
     o = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in o])
     return Permute.apply(o, layout.inverse, layout.perm)[None]
-
-
-def sliding_window(config) -> float:
-    """Tokens that a layer attends to, its own included; inf without a sliding window."""
-    full = "full_attention" in (getattr(config, "layer_types", None) or [])
-    return math.inf if full else getattr(config, "sliding_window", None) or math.inf
 
 
 def max_context(config) -> int:
@@ -149,24 +157,22 @@ def max_context(config) -> int:
     return config.max_position_embeddings
 
 
-def unsupported(config) -> list[str]:
-    """The features of a model for which log-probs are not known to be exact here; [] if none."""
-    features = [k for k in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale",
-                            "logits_scaling", "is_encoder_decoder") if getattr(config, k, None)]
-    kinds = sorted(set(getattr(config, "layer_types", None) or []))
-    if len(kinds) > 1:
-        features.append(f"layers of several kinds ({', '.join(kinds)})")
-    if config.model_type not in ARCHITECTURES:
-        features.append("an untested architecture")
-    return features
+def logits_divisor(config) -> float:
+    """What a model divides its logits by, before any temperature (Granite)."""
+    return getattr(config, "logits_scaling", None) or 1.0
 
 
 def patch_model(model: nn.Module) -> nn.Module:
-    """Installs this attention and disables dropout and dynamic RoPE, so that sampling and scoring
-    agree. Returns the model."""
+    """Installs this attention and disables dropout, noise in routers and dynamic RoPE, so that
+    sampling and scoring agree. Returns the model."""
     model.set_attn_implementation("latro")
-    model.model.rotary_emb.rope_type = "default"  # within max_context no frequency ever changes
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "jitter_noise"):
+            module.jitter_noise = 0.0
+        if known := getattr(module, "rope_type", None):
+            # Within max_context no frequency ever changes. A type for each kind of layer, or one.
+            module.rope_type = (dict.fromkeys(known, "default") if isinstance(known, dict)
+                                else "default")
     return model

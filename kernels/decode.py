@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import PAD_POSITION, additive_mask, causal_mask, sliding_window
+from .attention import PAD_POSITION, Masks, additive_masks, causal_masks, windows
 
 
 class Pace(NamedTuple):
@@ -31,6 +31,14 @@ class Pace(NamedTuple):
 
 
 PACES = dict(cpu=Pace(1, 1, False), cuda=Pace(16, 128, True))
+
+
+def pace_of(policy) -> Pace:
+    """The pace of a policy's device. A mixture of experts may wait for the host to learn which
+    experts its tokens need, which no CUDA graph allows."""
+    pace, config = PACES[policy.device.type], policy.config
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    return pace._replace(cuda_graphs=False) if experts else pace
 
 
 class KVCache:
@@ -73,8 +81,8 @@ class Decoder:
     def __init__(self, policy, prompts: list[list[int]], K: int, max_new_tokens: int):
         self.policy, self.prompts, self.K = policy, prompts, K
         self.max_new_tokens, device = max_new_tokens, policy.device
-        self.cache, self.window = KVCache(), sliding_window(policy.config)
-        self.P, self.pace = max(map(len, prompts)), PACES[device.type]
+        self.cache, self.P = KVCache(), max(map(len, prompts))
+        self.pace = pace_of(policy)
         self.padding = torch.tensor([self.P - len(p) for p in prompts], device=device)
         self.column = torch.arange(self.P + max_new_tokens + self.pace.cache_multiple,
                                    device=device)
@@ -90,18 +98,20 @@ class Decoder:
         position = self.column[:self.P] - self.padding[:, None]
         masked = position.where(position >= 0, PAD_POSITION)
         logits = self.forward(torch.tensor(ids, device=position.device), position.clamp(min=0),
-                              causal_mask(masked, masked, self.window))
+                              causal_masks(masked, masked, self.policy.config))
         self.cache.expand_kv(self.K, self.pace.round_up(self.P + self.max_new_tokens))
         self.padding = self.padding.repeat_interleave(self.K)
         return logits.repeat_interleave(self.K, 0)
 
-    def forward(self, ids: Tensor, position: Tensor, allowed: Tensor) -> Tensor:
-        """(rows, V) logits of the next token. The head's product is accumulated and kept in
-        float32."""
+    def forward(self, ids: Tensor, position: Tensor, allowed: Masks) -> Tensor:
+        """(rows, V) logits of the next token, before any divisor. The head's product is accumulated
+        and kept in float32."""
         W = self.policy.get_output_embeddings().weight
-        mask = additive_mask(allowed, W, self.policy.config)
-        h = self.policy.model(ids, position_ids=position, attention_mask=mask, use_cache=True,
-                              **{self.cache_name: self.cache}).last_hidden_state[:, -1]
+        masks = additive_masks(allowed, W, self.policy.config)
+        some, *_ = masks.values()  # transformers makes none of its own
+        h = self.policy.model(ids, position_ids=position, attention_mask=some, masks=masks,
+                              use_cache=True, **{self.cache_name: self.cache}
+                              ).last_hidden_state[:, -1]
         if h.is_cuda and h.dtype != torch.float32:
             return torch.mm(h, W.T, out_dtype=torch.float32)
         return h.float() @ W.float().T
@@ -109,10 +119,11 @@ class Decoder:
     def decode_step(self, token: Tensor) -> Tensor:
         """Appends a token (rows,) to every row. Returns the (rows, V) logits of the next one."""
         self.cache.column, column = self.end, self.column[:self.cache.width]
-        allowed = ((column >= self.padding[:, None]) & (column <= self.end)
-                   & (self.end - column < self.window))
+        visible = (column >= self.padding[:, None]) & (column <= self.end)  # (rows, width)
+        allowed = {window: (visible & (self.end - column < window) if window else visible)
+                   [:, None, None] for window in windows(self.policy.config)}
         position = self.end - self.padding
-        logits = self.forward(token[:, None], position[:, None], allowed[:, None, None])
+        logits = self.forward(token[:, None], position[:, None], allowed)
         self.end += 1
         return logits
 

@@ -32,6 +32,7 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=
               high_freq_factor=4.0, original_max_position_embeddings=16)
 LONG = dict(rope_type="longrope", rope_theta=1000.0, short_factor=[1.0, 1.5, 2.0, 3.0],
             long_factor=[2.0, 4.0, 6.0, 8.0], original_max_position_embeddings=48)
+KINDS = ["sliding_attention", "full_attention"]
 CONFIGS = dict(
     llama=hf.LlamaConfig(**SHAPE), llama_tied=hf.LlamaConfig(**SHAPE, tie_word_embeddings=True),
     llama3=hf.LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
@@ -41,23 +42,47 @@ CONFIGS = dict(
     phi3_long=hf.Phi3Config(**SHAPE, rope_parameters=LONG, original_max_position_embeddings=48),
     phi3_window=hf.Phi3Config(**SHAPE, sliding_window=6),
     qwen2=hf.Qwen2Config(**SHAPE), qwen2_tied=hf.Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    qwen3=hf.Qwen3Config(**SHAPE, head_dim=12))
+    qwen2_kinds=hf.Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=6,
+                               max_window_layers=1),
+    qwen3=hf.Qwen3Config(**SHAPE, head_dim=12),
+    gemma3=hf.Gemma3TextConfig(**SHAPE, head_dim=12, sliding_window=6, layer_types=KINDS),
+    olmo2=hf.Olmo2Config(**SHAPE),
+    olmo3=hf.Olmo3Config(**SHAPE, sliding_window=6, layer_types=KINDS),
+    smollm3=hf.SmolLM3Config(**SHAPE, no_rope_layer_interval=2),
+    granite=hf.GraniteConfig(**SHAPE, logits_scaling=3.0, embedding_multiplier=2.0,
+                             residual_multiplier=0.5, attention_multiplier=0.3),
+    qwen3_moe=hf.Qwen3MoeConfig(**SHAPE, head_dim=12, moe_intermediate_size=24, num_experts=4,
+                                num_experts_per_tok=2),
+    mixtral=hf.MixtralConfig(**SHAPE, sliding_window=6, num_local_experts=4))
+EXPERTS = "qwen3_moe", "mixtral"  # whose routers round to float32 inside
 PROMPTS = [[1, 8, 2], [6, 0, 1, 20, 11, 12, 2, 2, 19], [17], [10, 9, 8, 15, 3]]
 each_model = pytest.mark.parametrize("name", CONFIGS)
 
 
+class ExactNorm(nn.Module):
+    """A norm of transformers, which would round to float32 inside."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.one = norm.weight, float("Gemma" in type(norm).__name__)
+        self.eps = getattr(norm, "variance_epsilon", None) or norm.eps
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, self.weight.shape, self.one + self.weight, self.eps)
+
+
 def model(name: str, attention: str = "latro", dtype=torch.float32):
-    """A random model, the same for every attention. In float64 its norms are torch's: those of
-    transformers round to float32 inside."""
+    """A random model, the same for every attention. In float64 its norms are exact."""
     torch.manual_seed(1)
     m = hf.AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=dtype)
     for parent in [*m.modules()] if dtype == torch.float64 else ():
         for key, child in parent.named_children():
             if type(child).__name__.endswith("RMSNorm"):
-                norm = nn.RMSNorm(len(child.weight), child.variance_epsilon, dtype=dtype)
-                setattr(parent, key, norm)
+                setattr(parent, key, ExactNorm(child))
     for key, p in m.named_parameters():  # biases and norms too, each its own
         nn.init.normal_(p, float("norm" in key), 0.25)
+    if dtype == torch.float64 and name in EXPERTS:
+        m.set_experts_implementation("eager")  # the default has no float64
     if attention == "latro":
         kernel_attention.patch_model(m)
     m.set_attn_implementation(attention)
@@ -117,6 +142,8 @@ def test_tree_is_one_sequence_at_a_time(name, credit, temperature, dtype, nats, 
     g, truth = gradients(policy, logp), gradients(stock, wanted)
     wrong = float((g - truth).norm() / truth.norm())
     print(f"{name} {dtype}: {off:.1e} nats, gradient {wrong:.1e}")
+    if name in EXPERTS:
+        nats = relative = 1e-5
     assert off < nats and wrong < relative
 
 
@@ -144,7 +171,8 @@ def test_a_tree_written_out():
     assert tree.sources.tolist() == [1, 2, 3, 1, 4, 4, 5, 6, 7, 8, 9, 10, 11, 8, 8, 12]
     assert tree.temperature.tolist() == [.5, .5, 1, .5, .5, 1, 1, 1, 1, .5, 1, 1, 1, .5, 1, 1]
     assert [t.tolist() for t in tree.spans] == [[0, 3, 9, 13], [2, 5, 10, 14], [3, 9, 13, 16]]
-    perm, inverse, prompt_mask, branch_mask = tree.layout
+    perm, inverse, prompt_masks, branch_masks = tree.layout
+    prompt_mask, branch_mask = prompt_masks[3], branch_masks[3]
     rows = [[0, 1, 13], [8, 13, 13],  # prompts; a slot to spare holds token 13
             [2, 3, 13, 13, 13], [4, 5, 6, 7, 13], [9, 10, 11, 13, 13], [12, 13, 13, 13, 13]]
     assert perm.tolist() == sum(rows, [])
@@ -180,7 +208,7 @@ def test_tree_attention_equals_attention_with_a_full_mask():
     wide = [t.repeat_interleave(3, 1) for t in (k, v)]
     wanted = nn.functional.scaled_dot_product_attention(q, *wide, mask[None, None], scale=0.3)
     shared = SimpleNamespace(num_attention_heads=6, num_key_value_heads=2)
-    found, _ = kernel_attention.attention(None, q, k, v, None, 0.3,
+    found, _ = kernel_attention.attention(None, q, k, v, None, 0.3, sliding_window=4,
                                           layout=layout.additive(q, shared))
     assert (found - wanted.transpose(1, 2))[:, :-1].abs().max() < 1e-14
     for a, b in zip(torch.autograd.grad((found * upstream).sum(), (q, k, v)), torch.autograd.grad(
@@ -202,8 +230,8 @@ def test_sizes_are_rounded_up(monkeypatch):
     for multiple in (1, 8):
         monkeypatch.setitem(kernel_attention.PAD_MULTIPLE, "cpu", multiple)
         tree = latro.pack_tree(PROMPTS, groups, 1.0, policy)
-        sizes.append([tree.ids.numel(), *tree.layout.prompt_mask.shape,
-                      *tree.layout.branch_mask.shape])
+        sizes.append([tree.ids.numel(), *tree.layout.prompt_masks[6].shape,
+                      *tree.layout.branch_masks[6].shape])
         logp = policy.logprobs(tree)
         values.append((logp.detach(), gradients(policy, logp)))
     assert all(n % 8 == 0 for n in (sizes[1][i] for i in (0, 3, 4, 7, 8))) and sizes[0] != sizes[1]
@@ -223,7 +251,8 @@ def test_branches_and_questions_do_not_see_each_other(name):
         together = iter(score(PROMPTS, groups))
         for x, group in zip(PROMPTS, groups):
             for r in group:
-                assert (score([x], [[r]])[0] - next(together)).abs().max() < 1e-12
+                off = (score([x], [[r]])[0] - next(together)).abs().max()
+                assert off < (1e-5 if name in EXPERTS else 1e-12)
 
 
 # ------------------------------------------------------- the sampler and the model
@@ -242,31 +271,32 @@ def test_greedy_is_generate(name):
     whole = [generated(stock, x, n, None) for x in PROMPTS]
     assert [ids for ids, *_ in latro.sample_rationales(policy, PROMPTS, stops_of(V), [-1], 1, n,
                                                        None)] == whole
-    eos = [whole[0][0], whole[1][4]]  # so that one row ends at once, and some on the way
+    # So that the first row ends at once, and others on the way or never.
+    eos = [whole[0][0], next(t for t in whole[1] + whole[2] if t != whole[0][0])]
     short = [generated(stock, x, n, eos) for x in PROMPTS]
-    assert len(short[0]) == 1 and len({*map(len, short)}) > 2
+    assert len(short[0]) == 1 and len({*map(len, short)}) > 1
     ends = [(ids, len(ids), -int(ids[-1] in eos)) for ids in short]
     assert latro.sample_rationales(policy, PROMPTS, stops_of(V), eos, 1, n, None) == ends
 
 
 @pytest.fixture
 def seen(monkeypatch) -> list[torch.Tensor]:
-    """The logits that the sampler draws from, step by step."""
+    """The logits that the sampler draws from, divided by the temperature, step by step."""
     steps, pick = [], latro.inverse_cdf_sample
 
-    def spy(logits, *rest):
-        steps.append(logits.double())
-        return pick(logits, *rest)
+    def spy(logits, uniform, temperature):
+        steps.append(logits.double() / temperature)
+        return pick(logits, uniform, temperature)
     monkeypatch.setattr(latro, "inverse_cdf_sample", spy)
     return steps
 
 
 @each_model
-@pytest.mark.parametrize("dtype, nats", [(torch.float32, 1e-5), (torch.float64, 2e-6)])
+@pytest.mark.parametrize("dtype, nats", [(torch.float32, 3e-5), (torch.float64, 5e-6)])
 @torch.no_grad()
 def test_the_sampling_distribution_is_the_one_scored(name, dtype, nats, seen):
     """Every distribution that the sampler draws from is the stock model's, and so are the log-probs
-    that the tree gives the draws. The sampler's logits are float32, so 2e-6 nats is float64's."""
+    that the tree gives the draws. The sampler's logits are float32, so 5e-6 nats is float64's."""
     policy, stock, K, L, T = model(name, dtype=dtype), model(name, "sdpa", dtype), 3, 12, 0.75
     uniform = torch.rand(len(PROMPTS) * K, L, generator=torch.Generator().manual_seed(0))
     # No token ends a row early.
@@ -274,12 +304,13 @@ def test_the_sampling_distribution_is_the_one_scored(name, dtype, nats, seen):
     logits = torch.stack(seen, 1).view(len(PROMPTS), K, L, V)
     groups = [[latro.split_rollout(CODEC, *d, [12], "answer") for d in drawn[i:i + K]]
               for i in range(0, len(drawn), K)]
-    off = max(float((plain(stock, x, r.actions, T) - (steps / T).log_softmax(-1)).abs().max())
+    off = max(float((plain(stock, x, r.actions, T) - steps.log_softmax(-1)).abs().max())
               for x, group, rows in zip(PROMPTS, groups, logits) for r, steps in zip(group, rows))
     tree = policy.logprobs(latro.pack_tree(PROMPTS, groups, T, policy))
     far = float((tree - one_at_a_time(stock, groups, T)).abs().max())
     print(f"{name} {dtype}: sampler {off:.1e} nats, tree {far:.1e}")
-    assert off < nats and far < (1e-5 if dtype == torch.float32 else 1e-12)
+    exact = dtype == torch.float64 and name not in EXPERTS
+    assert off < nats and far < (1e-12 if exact else 3e-5)
 
 
 @each_model

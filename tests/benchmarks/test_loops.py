@@ -194,10 +194,10 @@ def test_bytes_to_decode_are_summed_over_steps(make_workload):
 def attended_pairs(layout):
     """The number of pairs of a token and a token that it attends to, padding not counted."""
     real = layout.perm < len(layout.inverse) - 1
-    (B, _, P, _), L = layout.prompt_mask.shape, layout.branch_mask.shape[2]
+    (B, _, P, _), L = layout.prompt_masks[None].shape, layout.branch_masks[None].shape[2]
     prompt, branch = real[:B * P].view(B, P), real[B * P:].view(-1, L)
-    return int((layout.prompt_mask[:, 0] * prompt[:, :, None]).sum()
-               + (layout.branch_mask[:, 0] * branch[:, :, None]).sum())
+    return int((layout.prompt_masks[None][:, 0] * prompt[:, :, None]).sum()
+               + (layout.branch_masks[None][:, 0] * branch[:, :, None]).sum())
 
 
 def test_forward_flops_are_those_of_the_tree(make_workload):

@@ -110,7 +110,7 @@ def test_activations(name, dtype, checkpointing):
     with LiveBytes(policy) as live:
         tree = longest_tree(policy)
         layout = tree.layout.additive(torch.empty(0, dtype=dtype), policy.config)
-        hidden = policy.model(input_ids=tree.ids, attention_mask=layout.branch_mask, layout=layout,
+        hidden = policy.model(input_ids=tree.ids, attention_mask=layout.branch_masks[None], layout=layout,
                               position_ids=tree.position, use_cache=False).last_hidden_state
         copies = copy * (1 if checkpointing else s.layers)
         saved = planned["head"]["activations"] + (0 if checkpointing else copies)
