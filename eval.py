@@ -53,7 +53,7 @@ from harness.distributed import (all_gather_list, compute_dtype, exit_process, i
                                  is_main_process, local_slice, processes, unsharded)
 from harness.errors import UserError, run_cli, usage_error
 from harness.metrics import environment, records, summary
-from harness.model import load_config, load_model
+from harness.model import load_config
 from harness.report import (PARTS, content, markdown, most_informative_first, outcomes, page, show,
                             table, verdict, write_page)
 from harness.statistics import band, estimates, gains, majority_curve, mcnemar, pass_at_k
@@ -344,8 +344,7 @@ def grade(flags: argparse.Namespace, args: latro.Args) -> dict[str, list[dict]]:
     examples = encode(codec, questions, args)
 
     def load(model: str):
-        return load_model(dataclasses.replace(args, model=model), device, compute_dtype(device),
-                          latro.logprobs)
+        return latro.load(dataclasses.replace(args, model=model), device, compute_dtype(device))
     reference = cache(lambda: load(args.model))
     return {name: replies(name, model, reference if name == "base" else lambda: load(model),
                           reference, codec, examples, args, flags)

@@ -46,6 +46,7 @@ from harness.distributed import (all_gather_list, assign_micro_batches, backward
                                  catch_stop_signals, compute_dtype, exit_process,
                                  init_distributed, is_main_process, local_slice, print0, processes,
                                  unsharded)
+from harness.equivalence import check_equivalence
 from harness.errors import DIVERGENCE_HINT, UserError, run_cli, timed
 from harness.metrics import check_finite, peak_memory, records, summary, throughput
 from harness.model import check_same_shape, load_config, load_model
@@ -568,12 +569,25 @@ def propose_rationales(policy, codec: Codec, examples: list[Example], step: int,
                                        **own if args.reward == "correct" else {}))
 
 
+def pack_branches(prompts: list[list[int]], branches: list[list[list[int]]], policy) -> Tree:
+    """A tree in which all of each branch is scored, as z: what check_equivalence compares."""
+    groups = [[Rationale(z, z, len(z), [], len(z), False) for z in group] for group in branches]
+    return pack_tree(prompts, groups, 1.0, policy)
+
+
+def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """--model with `logprobs` and this project's attention, which must give its own log-probs."""
+    model = load_model(args, device, dtype, logprobs)
+    check_equivalence(model, pack_branches, args.model)
+    return model
+
+
 def load_policies(args: Args, device: torch.device) -> tuple:
     """The policy in float32, and pi_0: the same weights, or those of --reference, frozen, in the
     dtype that computes. None where no KL needs it."""
     initial = dataclasses.replace(args, model=args.reference or args.model)
     check_same_shape(args, initial)
-    policy = load_model(args, device, torch.float32, logprobs)
+    policy = load(args, device, torch.float32)
     if args.objective == "sft" or args.beta == 0:
         return policy, None
     return policy, load_model(initial, device, compute_dtype(device), logprobs)

@@ -151,7 +151,7 @@ class Workload:
             tokens += x + sum(branches)
             pairs += x * (x + 1) / 2 + sum(n * x + n * (n + 1) / 2 for n in branches)
             scored += sum(len(r.actions + r.y) for r in group)
-        blocks = s.layers * (2 * s.block_parameters * tokens + 4 * s.query_width * pairs)
+        blocks = 2 * s.used_by_a_token * tokens + s.layers * 4 * s.query_width * pairs
         return blocks + 2 * s.V * s.D * scored
 
 

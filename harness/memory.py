@@ -21,6 +21,7 @@ import os
 
 import torch
 
+from kernels.attention import windows
 from kernels.decode import PACES
 
 from .errors import UserError
@@ -40,16 +41,23 @@ class Shape:
         from transformers import AutoModelForCausalLM  # late: it is slow to import
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        block = model.model.layers[0]
+        blocks, block = model.model.layers, model.model.layers[0]
 
-        # The model.
+        # The model. A token uses `experts` of a mixture of experts, whose weights are 3D.
         self.weights = [*model.parameters()]
         self.parameters = sum(w.numel() for w in self.weights)
-        self.block_parameters = sum(w.numel() for w in block.parameters())
-        self.layers = config.num_hidden_layers
-        self.root_parameters = self.parameters - self.layers * self.block_parameters
+        self.blocks_parameters = sum(w.numel() for w in blocks.parameters())
+        self.largest_block = max(sum(w.numel() for w in b.parameters()) for b in blocks)
+        self.layers = len(blocks)
+        self.root_parameters = self.parameters - self.blocks_parameters
+        experts = getattr(config, "num_experts_per_tok", None) or 1
+        self.used_by_a_token = sum(w.numel() * experts / len(w) if w.dim() == 3 else w.numel()
+                                   for w in blocks.parameters())
         self.V, self.D = model.get_output_embeddings().weight.shape
-        self.mlp_width = config.intermediate_size
+        self.mlp_width = experts * (getattr(config, "moe_intermediate_size", None)
+                                    or config.intermediate_size)
+        self.norms = sum("Norm" in type(child).__name__ for child in block.children())
+        self.windows = len(windows(config))
         self.head_width = (getattr(config, "head_dim", None)
                            or self.D // config.num_attention_heads)
         self.query_width = self.head_width * config.num_attention_heads
@@ -89,7 +97,7 @@ class Shape:
         A norm saves its input in float32, the normalized input, and its output. Attention saves q,
         k and v in rows, and its output both in rows and in the tree's order. The MLP saves the
         gate, its SiLU, the up projection, and their product."""
-        norms = 2 * self.D * (4 + 2 * itemsize) + self.qk_norm_width * (4 + itemsize)
+        norms = self.norms * self.D * (4 + 2 * itemsize) + self.qk_norm_width * (4 + itemsize)
         in_rows = (2 * self.query_slots * (self.query_width + self.key_width)
                    + 2 * self.key_slots * self.key_width)
         per_token = norms + itemsize * (self.query_width + 4 * self.mlp_width)
@@ -119,9 +127,10 @@ def memory_phases(s: Shape, itemsize: int = 2) -> dict[str, dict[str, float]]:
         logits = 24 * s.rollout_rows * s.V
         return resident | dict(gathered=itemsize * gathered_parameters, cache=cache, logits=logits)
 
-    # What a forward pass saves. Masks: as bool, and additive for each head that shares keys.
+    # What a forward pass saves. Masks: as bool, and additive for each head that shares keys; one
+    # for each window.
     saved = s.layers * (itemsize * s.S * s.D if s.checkpointing else s.block_bytes(itemsize))
-    masks = s.attention_pairs * (1 + itemsize * s.query_width // s.key_width)
+    masks = s.windows * s.attention_pairs * (1 + itemsize * s.query_width // s.key_width)
     rope = s.S * 2 * itemsize * s.head_width  # cosines and sines
     saved = s.trees_per_pass * (saved + masks + rope)
 
@@ -137,7 +146,7 @@ def memory_phases(s: Shape, itemsize: int = 2) -> dict[str, dict[str, float]]:
         sample=rollout(s.parameters, s.prompt_tokens + s.L),
         head=during_backward | dict(gathered=root, activations=saved + hidden, logprobs=logprobs),
         layer=during_backward | dict(
-            gathered=root + head_gradient + (3 * itemsize + 4) * s.block_parameters,
+            gathered=root + head_gradient + (3 * itemsize + 4) * s.largest_block,
             activations=saved + s.trees_per_pass * (recomputed + block_gradients)),
         reduce=with_gradients | dict(gathered=root + (itemsize + 4) * s.root_parameters),
         evaluate=rollout(s.parameters * s.gathered_models,
@@ -147,7 +156,7 @@ def memory_phases(s: Shape, itemsize: int = 2) -> dict[str, dict[str, float]]:
 def flops(s: Shape) -> float:
     """Floating-point operations of an update's forward and backward passes, on all GPUs."""
     passes = 3 + s.checkpointing + s.has_reference  # a backward pass costs as much as two forward
-    blocks = (2 * s.S * s.layers * s.block_parameters
+    blocks = (2 * s.S * s.used_by_a_token
               + 4 * s.attention_pairs * s.query_width * s.layers)
     # Recomputing a block stops before its last product, which no gradient needs.
     not_recomputed = s.checkpointing * 2 * s.S * s.layers * s.mlp_width * s.D
@@ -174,7 +183,7 @@ def bytes_received(s: Shape, itemsize: int = 2) -> tuple[float, float]:
     for the forward pass, the backward pass, and the reference's forward pass. Gradients in float32
     are scattered in each micro-batch and summed over copies in the last."""
     micro_batches, copies = -(-s.questions // int(s.trees_per_pass)), s.W // s.shard
-    blocks = (2 + s.has_reference) * s.layers * s.block_parameters
+    blocks = (2 + s.has_reference) * s.blocks_parameters
     gathered = s.parameters * s.sampled + micro_batches * (s.root_parameters + blocks)
     scattered = 4 * micro_batches * s.parameters
     from_shards = (itemsize * gathered + scattered) * (s.shard - 1) / s.shard

@@ -36,7 +36,8 @@ def unsupported(config) -> list[str]:
              "is_encoder_decoder")
     features = [name for name in known if getattr(config, name, None)]
     kinds = {*(getattr(config, "layer_types", None) or [])}
-    features += sorted(kinds - {"full_attention", "sliding_attention"})
+    features += [f"{kind} layers"
+                 for kind in sorted(kinds - {"full_attention", "sliding_attention"})]
     if features:
         return features
     try:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, CLIPConfig, Gemma2Config, GPT2Config, MambaConfig,
-    Qwen2Config, T5Config)
+    T5Config)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is also a script
 from conftest import ROOT, TINY, TOY, contents, launch, rows, start, write_rows
@@ -218,7 +218,6 @@ def test_missing_model(model, refusal):
 @pytest.mark.parametrize("config, word", [
     (Gemma2Config(), "gemma2"), (T5Config(), "t5"), (GPT2Config(), "gpt2"),
     (MambaConfig(), "mamba"), (CLIPConfig(), "clip"),
-    (Qwen2Config(use_sliding_window=True, max_window_layers=9), "layers"),
 ], ids=lambda v: getattr(v, "model_type", None))  # fmt: skip
 def test_unsupported_architecture(config, word, refusal):
     """The configuration alone decides: there are no weights here."""

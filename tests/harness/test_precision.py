@@ -13,7 +13,7 @@ from conftest import TINY, TOY, contents, gradients, launch, rows, start, untime
 
 import kernels  # after conftest, which puts the repository on the path
 import latro
-from harness import distributed
+from harness import distributed, equivalence
 
 
 def bfloat16(device):
@@ -25,8 +25,9 @@ def float32(device):
 
 
 def set_compute_dtype(function):
-    """Replaces compute_dtype where it is used: for the reference, and by FSDP."""
-    latro.compute_dtype = distributed.compute_dtype = function
+    """Replaces compute_dtype where it is used: for the reference, by FSDP, and to tell rounding
+    from a difference."""
+    latro.compute_dtype = distributed.compute_dtype = equivalence.compute_dtype = function
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import latro
 from kernels import decode
-from test_latro_tree import CONFIGS, EOS, PROMPTS, STOPS, continued, model
+from test_latro_tree import CONFIGS, EOS, EXPERTS, PROMPTS, STOPS, continued, model
 
 HOST_WAITS = "_local_scalar_dense", "nonzero", "unique", "masked_select", "equal"
 COPIED_FROM_HOST = "scalar_tensor", "lift_fresh"
@@ -68,12 +68,16 @@ def sample(policy, uniform, **options):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_captured_steps_draw_the_same_samples(name, temperature, tapes, monkeypatch):
-    """The same as step by step: ids, where each z ends and why, and the answer after it."""
+    """The same as step by step: ids, where each z ends and why, and the answer after it. A mixture
+    of experts is not captured."""
     policy = model(name)
     uniform = torch.rand(len(PROMPTS) * 8, 26, generator=torch.Generator().manual_seed(2))
     captured = sample(policy, uniform, temperature=temperature, max_answer_tokens=6)
     assert len({len(ids) for ids, *_ in captured}) > 5
-    assert tapes and sum(tape.replays for tape in tapes) > 2 * len(tapes)
+    if name in EXPERTS:
+        assert not tapes
+    else:
+        assert tapes and sum(tape.replays for tape in tapes) > 2 * len(tapes)
     for pace in (decode.Pace(3, 8, False), decode.Pace(1, 1, False)):
         monkeypatch.setitem(decode.PACES, "cpu", pace)
         stepwise = sample(policy, uniform, temperature=temperature, max_answer_tokens=6)
