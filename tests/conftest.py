@@ -28,6 +28,7 @@ import pytest
 import torch
 
 CUDA = torch.cuda.is_available
+PRETENDED = os.environ.get("PRETENDED_CUDA") == "1"  # by tests/pretended_cuda.py
 if not CUDA():  # Triton decides while it is imported, for good, whether it interprets kernels
     os.environ["TRITON_INTERPRET"] = "1"
 import kernels
@@ -36,7 +37,8 @@ from harness.codec import stop_table
 
 if kernels.TRITON:
     from kernels import rationale_score, token_logprob  # noqa: F401
-os.environ.pop("TRITON_INTERPRET", None)  # a test that wants them says so; others run plain torch
+if not PRETENDED:  # a test that wants them says so; others run plain torch
+    os.environ.pop("TRITON_INTERPRET", None)
 TOY = ROOT / "toy" / "model"
 TIMES = ("seconds", "tokens_per_s", "peak_mem_gb")  # in metrics.jsonl, never twice the same
 HELD = tempfile.TemporaryDirectory()  # the head of the toy's data: quicker to tokenise
@@ -89,7 +91,9 @@ def signals():
 def begin(*command, **how):
     """A python process, its output in pipes."""
     hidden = {} if torch.cuda.is_available() else {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | hidden,
+    pretence = [ROOT / "tests" / "pretended_cuda.py"] if PRETENDED else []
+    return subprocess.Popen([sys.executable, *map(str, pretence + [*command])],
+                            env=os.environ | hidden,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 

@@ -281,6 +281,14 @@ def test_trl(tmp_path, monkeypatch, real):
 
 
 @pytest.mark.gpu
+def test_decode_on_a_gpu(tmp_path):
+    """A captured step gives the logits of one that is launched operation by operation."""
+    code, rows = run(tmp_path, "decode", "--models", "toy")
+    assert code == 0 and {"floor", "ours", "eager"} == {*rows}
+    assert rows["ours"]["error"] == dict(logits=0) and "seconds" in rows["eager"]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["rollout", "update"])
 def test_on_a_gpu(tmp_path, name):
     """The peak includes the models. MFU by the GPU's datasheet is a column too."""

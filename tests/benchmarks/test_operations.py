@@ -239,6 +239,25 @@ def test_tune_changes_the_settings_of_the_kernel(monkeypatch):
     assert not list(tasks) and (kernel.tile_for, kernel.DZ_BYTES) == before
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["logprob", "score", "sample", "tune"])
+def test_on_a_gpu(tmp_path, monkeypatch, name):
+    """Our kernels and every setting of `tune` are right, and timed with a cold cache. Passes that
+    return new tensors also count their memory."""
+    monkeypatch.setattr(operations, "TILES", {(64, 64, 32, 4): (2, 3)})
+    sizes = dict(sample=["--models", "toy"], score=[]).get(
+        name, ["--models", "toy", "--tokens", "64"])
+    code, results = run(tmp_path, name, *sizes, *(["--plot"] if name == "logprob" else []))
+    assert code == 0 and results["device"] == torch.cuda.get_device_name()
+    names = {row["candidate"] for row in results["rows"] if "seconds" in row}
+    assert "inverse" in names if name == "sample" else timing.OURS in names
+    if name == "tune":
+        assert {"dZ of 2^26 bytes", "64x64x32, 4 warps, 2 stages"} <= names
+    for row in results["rows"]:
+        if "seconds" in row and row["candidate"] != "floor":
+            assert all(size >= 0 for size in row["peak_bytes"].values())
+
+
 def test_quartiles_and_relative_error():
     assert timing.quartiles([5.0, 1.0, 4.0, 2.0, 3.0]) == dict(q1=2.0, median=3.0, q3=4.0)
     assert timing.quartiles([1.0, 2.0]) == dict(q1=1.25, median=1.5, q3=1.75)
