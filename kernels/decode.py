@@ -8,6 +8,7 @@ latro.sample_rationales is the loop that uses it. Rows: B prompts times K sample
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from inspect import signature
 from typing import NamedTuple
@@ -205,6 +206,18 @@ def capture_stream() -> torch.cuda.Stream:
 def capture_graph(function: Callable[[], None], previous: torch.cuda.CUDAGraph | None):
     """Captures a CUDA graph in the memory pool of the previous one.
 
+    During a capture, torch cannot return unused memory to the driver to make room. If memory runs
+    out, that is done here, and the capture is tried once more."""
+    try:
+        return record_graph(function, previous)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    return record_graph(function, previous)
+
+
+def record_graph(function: Callable[[], None], previous: torch.cuda.CUDAGraph | None):
+    """One attempt of capture_graph. An error inside the function is raised as it is.
+
     By hand, because torch.cuda.graph would first return all unused memory to the driver. Other
     threads, such as NCCL's, may go on calling CUDA."""
     graph = torch.cuda.CUDAGraph()
@@ -213,7 +226,10 @@ def capture_graph(function: Callable[[], None], previous: torch.cuda.CUDAGraph |
         graph.capture_begin(previous and previous.pool(), capture_error_mode="thread_local")
         try:
             function()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # a broken capture fails here too, and says less
+                graph.capture_end()
+            raise
+        graph.capture_end()
     torch.cuda.current_stream().wait_stream(capture_stream())
     return graph

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed import fsdp, tensor  # noqa: F401  they import before anything is replaced
-from torch.utils._device import _device_constructors
+from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -96,6 +96,7 @@ class CUDAGraph:
         if CUDAGraph.underway or capture_error_mode not in ("global", "thread_local", "relaxed"):
             raise RuntimeError("another capture is underway, or the mode is unknown")
         CUDAGraph.underway, self.memory_pool, self.tape = self, pool or (id(self), 0), Tape()
+        self.captured = False
         self.tape.__enter__()
 
     def capture_end(self):
@@ -339,6 +340,15 @@ def making(function, default=None):
     return made
 
 
+def in_context(real):
+    """DeviceContext.__torch_function__: `with torch.device("cuda")` makes tensors on the CPU."""
+    def call(context, function, types, args=(), kwargs=None):
+        if context.device.type == "cuda":
+            return function(*args, **(kwargs or {}))
+        return real(context, function, types, args, kwargs)
+    return call
+
+
 def to(real):
     """Tensor.to. Flags such as non_blocking are left out: they change no value."""
     def moved_to(tensor, *args, **options):
@@ -406,6 +416,7 @@ def pretend() -> None:
     """From now on, for the whole process."""
     os.environ |= dict(TRITON_INTERPRET="1", PRETENDED_CUDA="1")
     _device_constructors()  # remembers what `with torch.device("meta")` changes
+    DeviceContext.__torch_function__ = in_context(DeviceContext.__torch_function__)
     stub_torch_cuda()
     torch.Generator = Generator
     for owner, names, default in ((torch, FACTORIES, CPU), (torch, LIKE, None),

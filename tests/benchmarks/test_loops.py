@@ -18,7 +18,7 @@ from kernels import decode
 from benchmarks import __main__ as command
 from benchmarks import loops, rivals
 from benchmarks import work as workloads
-from test_graphs import Tape
+from pretended_cuda import Tape
 
 SMALL = "--questions 2 --K 3 --L 12 --rounds 2".split()
 

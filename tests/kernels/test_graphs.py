@@ -5,45 +5,15 @@ step that depends on a number in Python, on a newly made tensor, or on what the 
 device would replay something else.
 """
 
+from functools import partial
+
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import latro
 from kernels import decode
+from pretended_cuda import Tape, stub_torch_cuda
 from test_latro_tree import CONFIGS, EOS, EXPERTS, PROMPTS, STOPS, continued, model
-
-HOST_WAITS = "_local_scalar_dense", "nonzero", "unique", "masked_select", "equal"
-COPIED_FROM_HOST = "scalar_tensor", "lift_fresh"
-
-
-class Tape(TorchDispatchMode):
-    """Like a CUDA graph, except that capturing also runs: the first replay does nothing."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.calls, self.replays = [], 0
-        with self:
-            function()
-
-    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
-        name = call.overloadpacket.__name__
-        assert not any(other in name for other in HOST_WAITS + COPIED_FROM_HOST), (
-            f"{name} involves the host")
-        result = call(*args, **(kwargs or {}))
-        self.calls.append((call, args, kwargs or {}, result))
-        return result
-
-    @torch.no_grad()
-    def replay(self):
-        if self.replays:
-            for call, args, kwargs, result in self.calls:
-                repeated = call(*args, **kwargs)
-                for old, new in zip(tree_leaves(result), tree_leaves(repeated)):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
-        self.replays += 1
 
 
 @pytest.fixture
@@ -109,3 +79,57 @@ def test_unwritten_columns_have_no_effect(tapes, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *size, **options: new_empty(
         *size, **options).fill_(torch.nan))
     assert sample(policy, uniform) == expected
+
+
+# ------------------------------------------------------------------------------ out of memory
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda, pretended. Returns the list of the calls of empty_cache."""
+    emptied = []
+    stub_torch_cuda(partial(monkeypatch.setattr, raising=False))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    decode.capture_stream.cache_clear()
+    yield emptied
+    decode.capture_stream.cache_clear()
+
+
+def failing(error, times):
+    """A function that adds 1 to a number. Its first `times` calls raise in the middle."""
+    number, calls = torch.zeros(1), []
+
+    def function():
+        calls.append(True)
+        number.add_(1)
+        if len(calls) <= times:
+            raise error
+    return function, number, calls
+
+
+def test_a_capture_that_runs_out_of_memory_is_repeated(cuda):
+    """Once, after unused memory has been returned. The second capture is replayed."""
+    function, number, calls = failing(torch.OutOfMemoryError("CUDA out of memory"), 1)
+    graph = decode.capture_graph(function, None)
+    assert len(calls) == 2 and cuda == [True]
+    before = float(number)
+    for _ in range(3):
+        graph.replay()
+    assert float(number) == before + 2  # capturing a tape also runs: the first replay does nothing
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("x")])
+def test_an_error_inside_a_capture_is_raised_as_it_is(cuda, error):
+    """The end of the broken capture fails too. That error would hide what `timed` looks for."""
+    function, _, calls = failing(error, 2)
+    with pytest.raises(type(error)) as caught:
+        decode.capture_graph(function, None)
+    assert caught.value is error and len(calls) == (1 if isinstance(error, KeyError) else 2)
+    assert not torch.cuda.is_current_stream_capturing()
+    assert torch.cuda.current_stream() is torch.cuda.default_stream()
+
+
+def test_captures_share_a_pool_and_are_not_on_the_default_stream(cuda):
+    first = decode.capture_graph(lambda: None, None)
+    second = decode.capture_graph(lambda: None, first)
+    assert first.pool() == second.pool()
+    with pytest.raises(RuntimeError, match="non-default stream"):
+        torch.cuda.CUDAGraph().capture_begin()
