@@ -91,9 +91,7 @@ def signals():
 def begin(*command, **how):
     """A python process, its output in pipes."""
     hidden = {} if torch.cuda.is_available() else {"CUDA_VISIBLE_DEVICES": ""}
-    pretence = [ROOT / "tests" / "pretended_cuda.py"] if PRETENDED else []
-    return subprocess.Popen([sys.executable, *map(str, pretence + [*command])],
-                            env=os.environ | hidden,
+    return subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | hidden,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 

@@ -1,8 +1,12 @@
+#!/usr/bin/env python
 """Pretends that this machine has a CUDA device, so that the lines that only a GPU reaches run on a
 CPU. Values are those of the CPU; times, and memory that was not asked for, mean nothing.
 
     python tests/pretended_cuda.py -m pytest tests/test_gpu.py -m gpu
     python tests/pretended_cuda.py latro.py --steps 1
+
+Processes that it starts by sys.executable pretend as well. With the environment variable
+REACHED_LINES, a folder, each process leaves a file there: the lines of this project that it has run.
 
 Tensors stay in the CPU's memory and say that they are on cuda:0, unless they were moved to the CPU.
 Triton's kernels are interpreted, gloo stands for NCCL, and a tape stands for a CUDA graph. What a
@@ -10,6 +14,9 @@ GPU would refuse is refused here as well: a capture on the default stream, a wai
 inside a capture, or dtypes that no product of cuBLAS has.
 """
 
+import atexit
+import json
+import multiprocessing
 import os
 import runpy
 import sys
@@ -403,6 +410,32 @@ def check_product(a, b, out_dtype, out) -> None:
         assert out.untyped_storage().data_ptr() not in memory, "out is also an operand"
 
 
+# ------------------------------------------------------------------------------ lines
+def record_lines(folder: str) -> None:
+    """From now on, notes which lines of the project run. Written when the process ends."""
+    reached, own = {}, {}
+
+    def trace_call(frame, event, argument):
+        name = frame.f_code.co_filename
+        if name not in own:
+            path = Path(name)
+            inside = path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests")
+            own[name] = reached.setdefault(str(path.relative_to(ROOT)), set()) if inside else None
+        return None if own[name] is None else trace_line
+
+    def trace_line(frame, event, argument):
+        if event == "line":
+            own[frame.f_code.co_filename].add(frame.f_lineno)
+        return trace_line
+
+    def write() -> None:
+        sys.settrace(None)
+        lines = {name: sorted(numbers) for name, numbers in reached.items()}
+        Path(folder, f"{os.getpid()}.json").write_text(json.dumps(lines))
+    atexit.register(write)
+    sys.settrace(trace_call)
+
+
 # ------------------------------------------------------------------------------ start
 def stub_torch_cuda(set_attribute=setattr) -> None:
     """Replaces torch.cuda and NCCL, and nothing of the tensors."""
@@ -431,12 +464,20 @@ def pretend() -> None:
     Tensor.record_stream = lambda t, stream: None
     torch.mm, torch.addmm = mm(torch.mm), addmm(torch.addmm)
     torch.compile = lambda function=None, **_: function or (lambda f: f)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    sys.executable = str(Path(__file__).resolve())  # it is a program: see its first line
+    multiprocessing.set_executable(sys.executable)
 
 
 def main(argv: list[str]) -> None:
-    """Runs a module (-m), code (-c) or script as python would."""
+    """Runs a module (-m), code (-c) or script as python would. Flags such as -u are left out."""
+    while len(argv[0]) == 2 and argv[0] not in ("-m", "-c"):
+        argv = argv[1:]
     pretend()
+    sys.modules["pretended_cuda"] = sys.modules[__name__]
     sys.path[0] = str(ROOT)
+    if folder := os.environ.get("REACHED_LINES"):
+        record_lines(folder)
     if argv[0] == "-c":
         sys.argv = ["-c", *argv[2:]]
         exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})

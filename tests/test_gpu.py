@@ -2,6 +2,7 @@
 training in bfloat16 under FSDP2 and NCCL. Without a GPU, test_cuda_pretended.py runs every line of
 this file at a toy's size."""
 
+import json
 import math
 
 import pytest
@@ -22,12 +23,14 @@ LARGE = 16384, 4096, 128256
 RATIONALES = [(48, 16, 500), (70_000, 2, 9), (1, 100, 40), (2, 3, 30_000)]  # B, K, L
 ROLLOUTS = 8
 WIDTHS = dict(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8)
-LONGEST, TOLERANCE = 400, 0.1  # of the plan
+COMPILED = 512, 256, 4000
+ROLLOUT_TOKENS, LONGEST, TOLERANCE = 300, 400, 0.1  # of the plan
 if PRETENDED:
     SHAPES, LARGE, ROLLOUTS = {"odd": (77, 63, 463), "toy": (30, 64, 512)}, (64, 32, 600), 1
-    RATIONALES = [(8, 16, 50), (70, 2, 9), (1, 100, 40), (2, 3, 300)]
-    WIDTHS = dict(vocab_size=4000, hidden_size=256, intermediate_size=704, num_hidden_layers=4)
-    LONGEST, TOLERANCE = 40, 0.5  # a tape keeps what the memory pool of a graph uses again
+    RATIONALES, COMPILED = [(8, 16, 50), (3, 2, 9), (1, 100, 40), (2, 3, 300)], (77, 63, 463)
+    WIDTHS = dict(vocab_size=1000, hidden_size=256, intermediate_size=704, num_hidden_layers=4)
+    # A tape keeps what the memory pool of a graph uses again.
+    ROLLOUT_TOKENS, LONGEST, TOLERANCE = 220, 20, 0.5
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +95,7 @@ def test_token_logprobs(shape, dtype):
 
 
 def test_token_logprobs_under_torch_compile():
-    operands = make_operands(512, 256, 4000)
+    operands = make_operands(*COMPILED)
     compiled = torch.compile(kernels.token_logprobs, fullgraph=True)
     for a, b in zip(values_and_gradients(compiled, *operands, 0.7),
                     values_and_gradients(kernels.token_logprobs, *operands, 0.7)):
@@ -166,9 +169,15 @@ def test_resume(tmp_path):
 
 
 def test_from_the_shell(tmp_path):
+    """latro.py trains, and eval.py grades what it has trained."""
     code, printed, errors = launch(*TINY, "--steps", 1, "--out", tmp_path / "out")
     assert code == 0, errors
     assert "held-out questions" in printed
+    code, printed, errors = launch("--ckpt", tmp_path / "out", "--out", tmp_path, "--k", 2,
+                                   "--questions", 2, script=ROOT / "eval.py")
+    assert code == 0, errors
+    results = json.loads((tmp_path / "eval.json").read_text())["results"]
+    assert list(results) == ["base", "out"]
 
 
 # ------------------------------------------------------------------------------ sampling
@@ -183,7 +192,7 @@ def policy():
     return attention.patch_model(LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval())
 
 
-def sample(policy, K=16, L=300):
+def sample(policy, K=16, L=ROLLOUT_TOKENS):
     """K rationales for each of three prompts. Eight EOS tokens make them end at many lengths."""
     uniform = torch.rand(3 * K, L, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     prompts = [[*range(5, 5 + n)] for n in (90, 40, 7)]

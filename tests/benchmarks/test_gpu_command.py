@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import gpu
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 FAILS, LASTS = "-c 'print(1); raise SystemExit(3)'", "-c 'import time; time.sleep(600)'"
 
@@ -37,6 +37,30 @@ def test_parts_are_commands_that_parse(tmp_path):
             args = command.parse(words[2:])
             assert args.command == part.name and args.out == tmp_path
     assert sum(part.minutes for part in planned) <= 30
+
+
+LOOP = "--questions 2 --K 3 --L 12 --rounds 1"
+SMALLER = {  # what makes each part quick; of two equal options the last one counts
+    "tests": "-k test_toy_trains", "tune": "--tokens 64 --rounds 1",
+    "logprob": "--tokens 64 --rounds 1 --only ours plain", "score": "--rounds 1 --only reference",
+    "decode": LOOP, "update": f"{LOOP} --only ours released", "rollout": f"{LOOP} --only ours generate",
+    "toy": " ".join(["--steps 1", *TINY])}
+
+
+@pytest.mark.gpu
+def test_every_part_at_a_small_size(tmp_path, monkeypatch):
+    """Each is done, from the shell, and the benchmarks leave their tables."""
+    planned = gpu.parts
+    monkeypatch.setattr(gpu, "parts", lambda *sizes: [
+        part._replace(arguments=f"{part.arguments} {SMALLER[part.name]}")
+        for part in planned(*sizes)])
+    code = command.main(["gpu", "--models", "toy", "toy", "--out", str(tmp_path)])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["parts"]}
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(SMALLER, "done")
+    for name in set(SMALLER) - {"tests", "toy"}:
+        notes = {row["candidate"]: row["note"] for row in rows[name]["results"]["rows"]}
+        assert not any(note and note.startswith("wrong") for note in notes.values()), notes
+    assert code == 0
 
 
 def test_failures_are_passed_over(run, tmp_path):

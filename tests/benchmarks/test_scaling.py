@@ -62,3 +62,15 @@ def test_command(tmp_path, monkeypatch):
     table = (tmp_path / "scaling.md").read_text()
     assert "| K 2 |" in table and "processes 2" in table
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path, monkeypatch):
+    """Seconds, and the bytes of the device that an update takes. Not on several processes."""
+    monkeypatch.setattr(scaling, "BASE", SIZES)
+    monkeypatch.setattr(scaling, "AXES", dict(K=(2,)))
+    code = command.main(["scaling", "--only", "ours", "padded", "--rounds", "1",
+                         "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    assert code == 0 and [row["candidate"] for row in rows] == ["ours", "padded"]
+    assert all(row["seconds"] > 0 and row["extra_bytes"] > 0 for row in rows)
