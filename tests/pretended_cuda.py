@@ -411,8 +411,9 @@ def check_product(a, b, out_dtype, out) -> None:
 
 
 # ------------------------------------------------------------------------------ lines
-def record_lines(folder: str) -> None:
-    """From now on, notes which lines of the project run. Written when the process ends."""
+def record_lines(folder: str):
+    """From now on, notes which lines of the project run. Written when the process ends. Returns the
+    function that writes them."""
     reached, own = {}, {}
 
     def trace_call(frame, event, argument):
@@ -434,6 +435,7 @@ def record_lines(folder: str) -> None:
         Path(folder, f"{os.getpid()}.json").write_text(json.dumps(lines))
     atexit.register(write)
     sys.settrace(trace_call)
+    return write
 
 
 # ------------------------------------------------------------------------------ start

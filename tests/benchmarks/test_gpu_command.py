@@ -41,7 +41,7 @@ def test_parts_are_commands_that_parse(tmp_path):
 
 LOOP = "--questions 2 --K 3 --L 12 --rounds 1"
 SMALLER = {  # what makes each part quick; of two equal options the last one counts
-    "tests": "-k test_toy_trains", "tune": "--tokens 64 --rounds 1",
+    "tests": "-k test_memory_of_token_logprobs", "tune": "--tokens 64 --rounds 1 --only ours",
     "logprob": "--tokens 64 --rounds 1 --only ours plain", "score": "--rounds 1 --only reference",
     "decode": LOOP, "update": f"{LOOP} --only ours released", "rollout": f"{LOOP} --only ours generate",
     "toy": " ".join(["--steps 1", *TINY])}
@@ -50,6 +50,7 @@ SMALLER = {  # what makes each part quick; of two equal options the last one cou
 @pytest.mark.gpu
 def test_every_part_at_a_small_size(tmp_path, monkeypatch):
     """Each is done, from the shell, and the benchmarks leave their tables."""
+    monkeypatch.delenv("REACHED_LINES", raising=False)  # other tests reach the same lines
     planned = gpu.parts
     monkeypatch.setattr(gpu, "parts", lambda *sizes: [
         part._replace(arguments=f"{part.arguments} {SMALLER[part.name]}")

@@ -238,6 +238,7 @@ class Trainer:
     """The parts of TRL's RLOOTrainer that the benchmark uses. It learns nothing."""
 
     def __init__(self, model, reward, args, processing_class, train_dataset):
+        model = model.to("cpu" if args.use_cpu else "cuda")
         self.model, self.reward, self.args, self.tokenizer = model, reward, args, processing_class
         self.ref_model, self.optimizer = model, torch.optim.AdamW(model.parameters(), lr=0.0)
         self.accelerator = SimpleNamespace(clip_grad_norm_=torch.nn.utils.clip_grad_norm_)
@@ -256,11 +257,17 @@ class Trainer:
         eos = self.tokenizer.eos_token_id
         ids = self.tokenizer([row["prompt"] for row in rows], padding=True, padding_side="left",
                              return_tensors="pt", return_token_type_ids=False)
-        out = self.model.generate(**ids, max_new_tokens=self.args.max_completion_length,
+        out = self.model.generate(**ids.to(self.model.device), max_new_tokens=self.args.max_completion_length,
                                   do_sample=True, eos_token_id=eos)
         completions = [z[:z.index(eos) + 1] if eos in z else z
                        for z in out[:, ids["input_ids"].shape[1]:].tolist()]
         assert len(self.reward(completion_ids=completions, prompts=rows)) == len(rows)
+
+
+def stub_of_trl():
+    stub = ModuleType("trl")
+    stub.RLOOConfig, stub.RLOOTrainer = SimpleNamespace, Trainer
+    return stub
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -270,9 +277,7 @@ def test_trl(tmp_path, monkeypatch, real):
     if real and not find_spec("trl"):
         pytest.skip("not installed: trl")
     if not real:
-        stub = ModuleType("trl")
-        stub.RLOOConfig, stub.RLOOTrainer = SimpleNamespace, Trainer
-        monkeypatch.setitem(sys.modules, "trl", stub)
+        monkeypatch.setitem(sys.modules, "trl", stub_of_trl())
     monkeypatch.setattr(loops, "find_spec", lambda name: True)
     code, rows = run(tmp_path, "update", "--only", "ours", "trl")
     assert code == 0 and rows["trl"]["error"] == dict(lengths=0, tokens=0)
@@ -286,6 +291,16 @@ def test_decode_on_a_gpu(tmp_path):
     code, rows = run(tmp_path, "decode", "--models", "toy")
     assert code == 0 and {"floor", "ours", "eager"} == {*rows}
     assert rows["ours"]["error"] == dict(logits=0) and "seconds" in rows["eager"]
+
+
+@pytest.mark.gpu
+def test_trl_on_a_gpu(tmp_path, monkeypatch):
+    """Its peak includes its own model and optimizer, by a stub of TRL."""
+    monkeypatch.setitem(sys.modules, "trl", stub_of_trl())
+    monkeypatch.setattr(loops, "find_spec", lambda name: True)
+    code, rows = run(tmp_path, "update", "--models", "toy", "--only", "ours", "trl")
+    assert code == 0 and rows["trl"]["error"] == dict(lengths=0)
+    assert rows["trl"]["figures"]["peak GB"] > 600_000 * 8 / 1e9
 
 
 @pytest.mark.gpu

@@ -1,0 +1,131 @@
+"""Proves, without a GPU, that every line that only a GPU reaches can run: each statement that asks for
+CUDA is executed, on fake CUDA tensors or under a pretended CUDA, or the reason why not is below."""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import cuda_lines
+from conftest import CUDA, HELD, ROOT, begin
+
+PRETENDED = "tests/pretended_cuda.py -m pytest -q -m gpu --show-capture=no"
+AGAIN = "plan or resume or reuse or alike or wait or captured"  # these reach no other lines
+RUNS = {  # arguments of python, and whether the lines that they reach are recorded
+    "lines of the gpu tests": (True, [*PRETENDED.split(), "tests/test_gpu.py", "-k", f"not ({AGAIN})"]),
+    "other gpu tests": (False, [*PRETENDED.split(), "tests/test_gpu.py", "-k", AGAIN]),
+    "benchmarks": (True, [*PRETENDED.split(), "tests/benchmarks"]),
+    "fake tensors": (True, ["tests/fake_cuda.py"]),
+    "errors": (True, [*"-m pytest -q tests/kernels tests/harness/test_memory.py -k".split(),
+                      "opcheck or float64_uses or a_capture or gpu_can_hold or numbers_of_rat"])}
+UNREACHED = {  # statements, and why no test without a GPU reaches them
+}
+
+
+@cache
+def run(name: str) -> tuple[int, str]:
+    """Exit code, and the end of what was printed."""
+    is_recorded, arguments = RUNS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("REACHED_LINES", raising=False)
+        if is_recorded:
+            patch.setenv("REACHED_LINES", str(reached_folder()))
+        process = begin(*arguments, cwd=ROOT)
+        printed, errors = process.communicate(timeout=1800)
+    return process.returncode, printed[-3000:] + errors[-1000:]
+
+
+@cache
+def reached_folder() -> Path:
+    folder = Path(HELD.name, "reached")
+    folder.mkdir()
+    return folder
+
+
+def reached_lines() -> dict[str, set[int]]:
+    """The lines that the recorded runs have reached, by file."""
+    found = {}
+    for path in reached_folder().glob("*.json"):
+        for file, lines in json.loads(path.read_text()).items():
+            found.setdefault(file, set()).update(lines)
+    return found
+
+
+needs_no_gpu = pytest.mark.skipif(CUDA(), reason="there is a GPU: pytest -m gpu runs the same on it")
+
+
+@needs_no_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_run(name):
+    """All its tests pass, and none is skipped."""
+    if name == "fake tensors" and not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    code, printed = run(name)
+    assert code == 0 and " passed" in printed and "skipped" not in printed, printed
+
+
+@needs_no_gpu
+@pytest.mark.slow
+def test_every_line_that_asks_for_cuda_is_reached():
+    """Prints those that are not, with the reason."""
+    for name in RUNS:
+        run(name)
+    texts = cuda_lines.sources()
+    missing = {str(one): one for one in cuda_lines.unreached(reached_lines(), texts)}
+    for text, one in missing.items():
+        print(f"{one.file}:{one.lines[0]}: {UNREACHED.get(text, 'NOT REACHED')}")
+    assert not missing.keys() - UNREACHED.keys()
+
+
+def test_reasons_are_those_of_the_code():
+    asking = {str(one) for one in cuda_lines.statements(cuda_lines.sources()) if one.place == "cuda"}
+    assert UNREACHED.keys() <= asking
+
+
+EXAMPLE = '''
+import torch
+
+def time_call(action):
+    if device() == "cpu":
+        return action()
+    start = Event()
+    if slow:
+        start.record()
+    return start
+
+def Event():
+    return torch.Event()
+
+def used_by_both():
+    return 1
+
+def peak():
+    """Of CUDA's memory."""
+    if torch.cuda.is_available():
+        used_by_both()
+        return most_bytes()
+    else:
+        used_by_both()
+    return 0  # without CUDA
+
+def most_bytes():
+    for part in parts():
+        yield part
+'''
+ASKING = ["    start = Event()", "    if slow:", "        start.record()", "    return start",
+          "def Event():", "    return torch.Event()", "    if torch.cuda.is_available():",
+          "        used_by_both()", "        return most_bytes()", "def most_bytes():",
+          "    for part in parts():", "        yield part"]
+
+
+def test_statements_that_ask_for_cuda():
+    texts = {"example.py": EXAMPLE}
+    asking = [one for one in cuda_lines.statements(texts) if one.place == "cuda"]
+    assert [one.text for one in asking] == ASKING
+    reached = {"example.py": {one.lines[0] for one in asking[1:]}}
+    assert [one.text for one in cuda_lines.unreached(reached, texts)] == ASKING[:1]
+    triton = {"kernel.py": "import triton\nx = 1\n"}
+    assert len(cuda_lines.unreached({}, triton)) == 2
