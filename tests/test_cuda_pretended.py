@@ -19,9 +19,23 @@ RUNS = {  # arguments of python, and whether the lines that they reach are recor
     "benchmarks": (True, [*PRETENDED.split(), "tests/benchmarks"]),
     "fake tensors": (True, ["tests/fake_cuda.py"]),
     "errors": (True, [*"-m pytest -q tests/kernels tests/harness/test_memory.py -k".split(),
-                      "opcheck or float64_uses or a_capture or gpu_can_hold or numbers_of_rat"])}
-UNREACHED = {  # statements, and why no test without a GPU reaches them
-}
+                      "opcheck or float64_uses or a_capture or gpu_can_hold or numbers_of_rat"
+                      " or auto_uses_torch"])}
+UNREACHED = {  # statements, and why these runs do not reach them
+    'kernels/__init__.py: raise error("--kernels triton needs Triton and a CUDA device; auto takes'
+    ' what runs here")':
+        "an error without CUDA: test_triton_without_a_gpu_is_refused",
+    'kernels/token_logprob.py: asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"':
+        "PTX, which Triton's interpreter cannot run: tests/kernels/test_compile.py compiles it",
+    'kernels/token_logprob.py: y = tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32,'
+    ' is_pure=True, pack=1)':
+        "the same",
+    'benchmarks/operations.py: return f"cannot be imported: {short_error(e)}"':
+        "a broken package: test_a_rival_that_is_missing_says_why",
+    'benchmarks/operations.py: return -nll.apply(*operands).float()':
+        "needs Liger and a GPU; on a CPU, test_a_rival_is_called_as_it_expects calls it",
+    'benchmarks/operations.py: return "not run: for Hopper only"':
+        "the pretended GPU is a Hopper, and Liger is not installed"}
 
 
 @cache

@@ -69,8 +69,6 @@ def test_on_a_gpu(tmp_path, monkeypatch):
     """Seconds, and the bytes of the device that an update takes. Not on several processes."""
     monkeypatch.setattr(scaling, "BASE", SIZES)
     monkeypatch.setattr(scaling, "AXES", dict(K=(2,)))
-    code = command.main(["scaling", "--only", "ours", "padded", "--rounds", "1",
-                         "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
-    assert code == 0 and [row["candidate"] for row in rows] == ["ours", "padded"]
-    assert all(row["seconds"] > 0 and row["extra_bytes"] > 0 for row in rows)
+    code = command.main(["scaling", "--only", "ours", "--rounds", "1", "--out", str(tmp_path)])
+    [row] = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    assert code == 0 and row["seconds"] > 0 and row["extra_bytes"] > 0
