@@ -136,11 +136,13 @@ def unsharded(*models: nn.Module | None) -> Iterator[None]:
         m.unshard()
     for of, _ in hooks:
         of.clear()
-    yield
-    for of, held in hooks:
-        of.update(held)
-    for m in shards:
-        m.reshard()
+    try:
+        yield
+    finally:
+        for of, held in hooks:
+            of.update(held)
+        for m in shards:
+            m.reshard()
 
 
 def backward(loss: Tensor, policy: nn.Module, last: bool = True) -> None:

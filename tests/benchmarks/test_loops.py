@@ -98,6 +98,18 @@ def test_update(tmp_path):
     assert (tmp_path / "update.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_out_of_memory_in_a_rollout_does_not_harm_the_next_candidate(make_workload, monkeypatch):
+    """The benchmark goes on after it. Weights are sharded again, and FSDP sees the next passes."""
+    monkeypatch.setattr(distributed, "compute_dtype", lambda device: torch.bfloat16)
+    ours = workloads.Ours(make_workload())
+    expected = ours.gradient_to_compare()
+    with pytest.raises(torch.OutOfMemoryError), distributed.unsharded(ours.work.policy):
+        raise torch.OutOfMemoryError
+    assert {p.dtype for p in ours.work.policy.parameters()} == {torch.float32}
+    for found, wanted in zip(ours.gradient_to_compare(), expected, strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
 def forced_ids(work):
     """Random rationales of the forced lengths, as rows of ids."""
     return [r.actions for group in work.random_rationales() for r in group]
