@@ -20,6 +20,7 @@ pytestmark = pytest.mark.gpu
 SHAPES = {"8B": (2048, 4096, 128256), "135M": (4096, 576, 49152), "0.5B": (1000, 896, 151936),
           "odd": (777, 1023, 32063), "toy": (300, 64, 512)}  # T, D, V
 LARGE = 16384, 4096, 128256
+LAYERS = 3
 RATIONALES = [(48, 16, 500), (70_000, 2, 9), (1, 100, 40), (2, 3, 30_000)]  # B, K, L
 ROLLOUTS = 8
 WIDTHS = dict(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8)
@@ -27,6 +28,7 @@ COMPILED = 512, 256, 4000
 ROLLOUT_TOKENS, LONGEST, TOLERANCE = 300, 400, 0.1  # of the plan
 if PRETENDED:
     SHAPES, LARGE, ROLLOUTS = {"odd": (77, 63, 463), "toy": (30, 64, 512)}, (64, 32, 600), 1
+    LAYERS = 1
     RATIONALES, COMPILED = [(8, 16, 50), (3, 2, 9), (1, 100, 40), (2, 3, 300)], (77, 63, 463)
     WIDTHS = dict(vocab_size=1000, hidden_size=256, intermediate_size=704, num_hidden_layers=4)
     # A tape keeps what the memory pool of a graph uses again.
@@ -118,9 +120,11 @@ def test_memory_of_token_logprobs():
     assert torch.cuda.max_memory_allocated() - before - gradients < 0.6e9
 
 
-@pytest.mark.parametrize("bound", ["elbo", "iwae"])
+@pytest.mark.parametrize("options", [
+    dict(bound="elbo"), dict(bound="iwae"), dict(reward="prob"), dict(reward="mean-prob"),
+    dict(reward="correct")], ids=lambda options: [*options.values()][0])
 @pytest.mark.parametrize("B, K, L", RATIONALES)
-def test_score_rationales(B, K, L, bound):
+def test_score_rationales(B, K, L, options):
     """Equals the definition in float64. The host does not wait for the device."""
     g = torch.Generator().manual_seed(L)
     lengths = torch.randint(L + 1, (B * K, 2), generator=g)
@@ -128,14 +132,16 @@ def test_score_rationales(B, K, L, bound):
     starts = torch.cat([ends.new_zeros(1), ends[:-1]]).view(-1, 2)
     logp, logp0 = -torch.rand(2, int(ends[-1]), generator=g)
     spans = starts[:, 0], starts[:, 1], ends[1::2]
-    on_gpu = [x.cuda() for x in (logp, logp0, *spans)]
+    right = torch.rand(B * K, generator=g) < 0.5
+    *on_gpu, right_on_gpu = (x.cuda() for x in (logp, logp0, *spans, right))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = kernels.score_rationales(*on_gpu, K, 0.05, bound=bound, answer_weight=0.3)
+        found = kernels.score_rationales(*on_gpu, K, 0.05, answer_weight=0.3, right=right_on_gpu,
+                                         **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     exact = latro.score_rationales.__wrapped__(
-        logp.double(), logp0.double(), *spans, K, 0.05, bound=bound, answer_weight=0.3)
+        logp.double(), logp0.double(), *spans, K, 0.05, answer_weight=0.3, right=right, **options)
     for a, b in zip(found, exact):
         assert (a.cpu() - b).abs().max() <= 1e-5 * b.abs().max()
 
@@ -187,7 +193,7 @@ def policy():
     from uniform."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=1000, hidden_size=256, intermediate_size=512, eos_token_id=1,
-                         num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+                         num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2,
                          max_position_embeddings=2048, initializer_range=0.1)
     return attention.patch_model(LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval())
 

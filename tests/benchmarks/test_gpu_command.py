@@ -46,7 +46,7 @@ SMALLER = {  # what makes each part quick; of two equal options the last one cou
     "decode": LOOP, "update": f"{LOOP} --only ours released", "rollout": f"{LOOP} --only ours generate",
     "toy": " ".join(["--steps 1", *TINY])}
 if PRETENDED:  # where each process takes seconds to start; other tests run these parts in theirs
-    SMALLER = {name: SMALLER[name] for name in ("tests", "tune", "update", "toy")}
+    SMALLER = {name: SMALLER[name] for name in ("tests", "tune", "toy")}
 
 
 @pytest.mark.gpu
