@@ -110,7 +110,7 @@ def settings(flags: argparse.Namespace) -> latro.Args:
     own = dict(questions=3 * processes()) | saved["args"] | given | dict(
         model=flags.base or saved["base"], out=flags.out or str(first / "eval"),
         temperature=flags.temperature, credit="answer", bound="elbo", reward="logp",
-        truncation_penalty=0.0, checkpointing=False)
+        truncation_penalty=0.0, checkpointing=False, lora_rank=0)
     own["date"] = own.get("date") or date.today().isoformat()
     if own.get("task") != saved["args"].get("task"):
         own["prompt"] = None  # the other task's own

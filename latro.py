@@ -48,6 +48,7 @@ from harness.distributed import (all_gather_list, assign_micro_batches, backward
                                  unsharded)
 from harness.equivalence import check_equivalence
 from harness.errors import DIVERGENCE_HINT, UserError, run_cli, timed
+from harness.lora import FrozenBase
 from harness.metrics import check_finite, peak_memory, records, summary, throughput
 from harness.model import check_same_shape, load_config, load_model
 from harness.report import HEADLINES, before_and_after, how_rationales_end
@@ -95,6 +96,8 @@ class Args:
     lr: float = flag(5e-7, "peak learning rate of AdamW, falling linearly to 0", least=0)
     warmup: int = flag(0, "updates over which the learning rate rises", least=0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", least=0)
+    lora_rank: int = flag(0, "train adapters of this rank instead of all weights; 0: none", least=0)
+    lora_alpha: float = flag(16.0, "adapters are multiplied by alpha / rank", least=1e-9)
     eval_every: int = flag(100, "updates between evaluations; 0: first and last only", least=0,
                            group="evaluation and saving")
     eval_questions: int = flag(200, "held-out questions of an evaluation", least=1)
@@ -446,12 +449,12 @@ def score(policy, reference, examples: list[Example], groups: list[list[Rational
     """One forward pass of the policy, and one of the reference without gradient. Returns the (T,)
     log-probs, which carry the gradient, and the Scores of N rationales. `given`: not sampled."""
     tree = pack_tree([example.x for example in examples], groups, args.temperature, policy)
-    logp = policy.logprobs(tree)  # (T,) log pi of every token of z and y
     total = args.questions * tree.K  # N of the whole update, however it is split
+    with torch.no_grad():
+        logp0 = None if given or reference is None else reference.logprobs(tree)  # (T,)
+    logp = policy.logprobs(tree)  # (T,) log pi of every token of z and y
     if given:
         return logp, sft_weights(logp, *tree.spans, total)
-    with torch.no_grad():
-        logp0 = None if reference is None else reference.logprobs(tree)  # (T,)
     return logp, score_rationales(
         logp, logp0, *tree.spans, tree.K, args.beta, bound=args.bound, reward=args.reward,
         right=tree.right, answer_weight=args.answer_weight,
@@ -583,13 +586,15 @@ def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
 
 
 def load_policies(args: Args, device: torch.device) -> tuple:
-    """The policy in float32, and pi_0: the same weights, or those of --reference, frozen, in the
-    dtype that computes. None where no KL needs it."""
+    """The policy, whose trained weights are float32, and pi_0: the same weights, or those of
+    --reference, frozen, in the dtype that computes. None where no KL needs it."""
     initial = dataclasses.replace(args, model=args.reference or args.model)
     check_same_shape(args, initial)
-    policy = load(args, device, torch.float32)
+    policy = load(args, device, compute_dtype(device) if args.lora_rank else torch.float32)
     if args.objective == "sft" or args.beta == 0:
         return policy, None
+    if args.lora_rank:
+        return policy, FrozenBase(policy)
     return policy, load_model(initial, device, compute_dtype(device), logprobs)
 
 
@@ -599,7 +604,8 @@ def train(args: Args) -> None:
     kernels.use(args.kernels, UserError)
     codec, train_set, held_out = load_datasets(args)
     policy, reference = load_policies(args, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
     init_run_dir(args)
     start, epoch = restore_checkpoint(args, policy, optimizer), args.questions / len(train_set)
     args.steps = args.steps or epochs_to_steps(args.epochs, len(train_set), args.questions)

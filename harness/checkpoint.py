@@ -29,6 +29,7 @@ from torch.distributed.checkpoint import state_dict as states
 from .distributed import all_gather_list, is_main_process, local_slice, print0, processes
 from .errors import UserError, short_error
 from .export import export_model
+from .lora import merge, save_adapter
 from .metrics import environment
 
 UNFINISHED = "incomplete", "export"  # a state and a model that are being written
@@ -37,6 +38,7 @@ LOGS = "metrics.jsonl", "evals.jsonl", "samples.jsonl"
 METADATA_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"),
                   ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
                   ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
+TRAINED = states.StateDictOptions(ignore_frozen_params=True)  # what a state holds
 LOCKS: list[IO] = []  # open lock files of this process
 
 
@@ -186,13 +188,16 @@ def write_checkpoint(args, policy, optimizer, tokenizer, step: int) -> None:
     fresh, export = (states_dir / name for name in UNFINISHED)
     remove_unfinished(args)  # of a run that was killed
     dist.barrier()
-    model, moments = states.get_state_dict(policy, optimizer)
+    model, moments = states.get_state_dict(policy, optimizer, options=TRAINED)
     dcp.save(dict(model=model, optimizer=moments), checkpoint_id=fresh)
     mine = [(f.name, checksum(f)) for f in local_slice(sorted(fresh.iterdir()))]
     sums = dict(all_gather_list(mine))
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole = states.get_model_state_dict(policy, options=options)
     if is_main_process():
+        if args.lora_rank:
+            save_adapter(policy, whole, export / "adapter")
+            whole = merge(whole, args.lora_alpha / args.lora_rank)
         export_model(policy, whole, tokenizer, export)
         move_files(export, Path(args.out))
         atomic_write(fresh / "sums.json", json.dumps(sums))
@@ -253,9 +258,10 @@ def restore_checkpoint(args, policy, optimizer) -> int:
     state, step = last_state(args), 0
     if state:
         step = int(state.name.removeprefix("step-"))
-        model, moments = states.get_state_dict(policy, optimizer)
+        model, moments = states.get_state_dict(policy, optimizer, options=TRAINED)
         dcp.load(dict(model=model, optimizer=moments), checkpoint_id=state)
-        states.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
+        states.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments,
+                              options=states.StateDictOptions(strict=not args.lora_rank))
     if is_main_process():
         for path in (Path(args.out, name) for name in LOGS):
             rows = [r for r in read_jsonl(path) if r["step"] <= step] if state else []

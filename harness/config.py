@@ -118,6 +118,8 @@ def check_args(args):
     if args.reward == "correct" and (args.credit, args.answer_weight) != ("answer", 1):
         raise UserError("--reward correct learns from all that was sampled and has no answer term:"
                         " leave out --credit and --answer-weight")
+    if args.lora_rank and args.reference:
+        raise UserError("--lora-rank: the frozen --model is pi_0; leave out --reference")
     if args.objective == "sft" and args.reward == "correct":
         raise UserError("--objective sft samples nothing that could be correct: leave out --reward")
     if not args.plan:

@@ -107,7 +107,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def apply_fsdp(model: nn.Module, device: torch.device, dtype: torch.dtype, shard: int) -> nn.Module:
-    """Moves a model to its device and dtype and shards each block over `shard` processes (0: all).
+    """Moves a model to its device and shards each block over `shard` processes (0: all). Weights
+    are in `dtype`; those trained while others are frozen, in float32.
 
     One process has nothing to shard, but FSDP2 also casts weights to the dtype that computes.
     RoPE's frequencies, which are buffers, stay float32."""
@@ -115,12 +116,15 @@ def apply_fsdp(model: nn.Module, device: torch.device, dtype: torch.dtype, shard
     sizes = (W // shard, shard) if 0 < shard < W else (W,)
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard")[-len(sizes):])
     mixed = fsdp.MixedPrecisionPolicy(computing, torch.float32, cast_forward_inputs=False)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
     for block in [*model.model.layers, model]:
         for p in block.parameters():
-            p.data = p.data.to(device, dtype)
+            p.data = p.data.to(device, torch.float32 if frozen and p.requires_grad else dtype)
         block.to(device)
-        if W > 1 or dtype != computing:
+        if W > 1:
             fsdp.fully_shard(block, mesh=mesh, mp_policy=mixed)
+        elif any(p.dtype != computing for p in block.parameters()):
+            fsdp.fully_shard(block, mesh=mesh, mp_policy=mixed, ignored_params=frozen)
     fsdp.register_fsdp_forward_method(model, "logprobs")
     return model
 

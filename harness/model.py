@@ -13,6 +13,7 @@ from kernels.attention import attention, patch_model
 
 from .distributed import apply_fsdp, processes
 from .errors import UserError, short_error
+from .lora import add_adapters
 from .memory import needs_activation_checkpointing
 
 AttentionInterface.register("latro", attention)
@@ -109,6 +110,8 @@ def load_model(args, device: torch.device, dtype: torch.dtype, logprobs: Callabl
         raise UserError(f"--model {args.model}: its files lack {len(missing)} weights, such as"
                         f" {min(missing)}; fetch or save them again")
     model.logprobs = MethodType(logprobs, patch_model(model))
+    if args.lora_rank:
+        add_adapters(model, args)
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable",
                          model.gradient_checkpointing_enable)

@@ -139,7 +139,8 @@ def test_every_flag_is_recorded(tmp_path):
     out = start(*given, "--no-checkpointing", out=tmp_path / "out")
     noted = json.loads((out / "latro.json").read_text())["args"]
     rest = dict(out=str(out), objective="latro", reward="logp", epochs=None, shard=0,
-                checkpointing=False, resume=False, plan=False, reference=None)
+                checkpointing=False, resume=False, plan=False, reference=None, lora_rank=0,
+                lora_alpha=16.0)
     assert noted == flags | rest
 
 
