@@ -58,6 +58,7 @@ class Shape:
                                     or config.intermediate_size)
         self.norms = sum("Norm" in type(child).__name__ for child in block.children())
         self.windows = len(windows(config))
+        self.count_adapters(blocks, args.lora_rank)
         self.head_width = (getattr(config, "head_dim", None)
                            or self.D // config.num_attention_heads)
         self.query_width = self.head_width * config.num_attention_heads
@@ -71,7 +72,11 @@ class Shape:
         self.rollout_rows = self.questions * args.K
         self.sampled = args.objective == "latro"
         self.has_reference = self.sampled and args.beta > 0
-        self.gathered_models = 2 if self.has_reference and W > 1 else 1  # if sharded
+        # With LoRA, the reference is the policy's own frozen weights, which one GPU gathers from
+        # nowhere.
+        self.holds_reference = self.has_reference and not self.lora
+        self.gathered_models = 2 if self.holds_reference and W > 1 else 1  # if sharded
+        self.gathers_frozen = W > 1 or not self.lora
         self.checkpointing = bool(args.checkpointing)
 
         # One question tree: S tokens, of which T are scored.
@@ -87,20 +92,36 @@ class Shape:
         self.attention_pairs = (prompt_tokens * prompt_tokens
                                 + self.T * (prompt_tokens + args.L + answer_tokens))
 
-    def parameters_per_gpu(self) -> int:
+    def count_adapters(self, blocks, rank: int) -> None:
+        """What is trained: all weights, or the two matrices of each linear layer's adapter."""
+        linear = [m for m in blocks.modules() if isinstance(m, torch.nn.Linear)]
+        self.lora, self.adapter_width = rank > 0, rank * len(linear) // len(blocks)
+        adapters = [torch.empty(size, device="meta") for m in linear
+                    for size in ((rank, m.in_features), (m.out_features, rank))]
+        self.trained_weights = adapters if self.lora else self.weights
+        self.trained = sum(w.numel() for w in self.trained_weights)
+
+    def per_gpu(self, weights: list) -> int:
         """Parameters in a GPU's shard: FSDP2 gives each an equal number of rows, rounded up."""
-        return sum(-(-len(w) // self.shard) * w[0].numel() for w in self.weights)
+        return sum(-(-len(w) // self.shard) * w[0].numel() for w in weights)
+
+    def norm_bytes(self, itemsize: int) -> int:
+        """Bytes for each number: the input in float32, the normalized input, which only the
+        gradient of the norm's own weight needs, and the output."""
+        return 4 + (1 + (not self.lora)) * itemsize
 
     def block_bytes(self, itemsize: int) -> int:
         """Bytes that one block saves of a tree for its gradient. `itemsize`: bytes of a number.
 
-        A norm saves its input in float32, the normalized input, and its output. Attention saves q,
+        Attention saves q,
         k and v in rows, and its output both in rows and in the tree's order. The MLP saves the
-        gate, its SiLU, the up projection, and their product."""
-        norms = self.norms * self.D * (4 + 2 * itemsize) + self.qk_norm_width * (4 + itemsize)
+        gate, its SiLU, the up projection, and their product. An adapter saves what is between its
+        two matrices."""
+        norms = (self.norms * self.D * self.norm_bytes(itemsize)
+                 + self.qk_norm_width * (self.norm_bytes(itemsize) - itemsize))
         in_rows = (2 * self.query_slots * (self.query_width + self.key_width)
                    + 2 * self.key_slots * self.key_width)
-        per_token = norms + itemsize * (self.query_width + 4 * self.mlp_width)
+        per_token = norms + itemsize * (self.query_width + 4 * self.mlp_width + self.adapter_width)
         return self.S * per_token + itemsize * in_rows
 
     def cache_bytes(self, tokens: float, itemsize: int = 2) -> float:
@@ -111,11 +132,12 @@ class Shape:
 def memory_phases(s: Shape, itemsize: int = 2) -> dict[str, dict[str, float]]:
     """Bytes on one GPU, by phase and by what holds them. `itemsize`: bytes of a number in forward
     and backward passes."""
-    shard = s.parameters_per_gpu()
-    resident = dict(weights=4 * shard, Adam=8 * shard + 4 * len(s.weights))
-    if s.has_reference:
+    shard, trained = s.per_gpu(s.weights), s.per_gpu(s.trained_weights)
+    frozen = itemsize * shard if s.lora else 0
+    resident = dict(weights=4 * trained + frozen, Adam=8 * trained + 4 * len(s.trained_weights))
+    if s.holds_reference:
         resident |= dict(reference=itemsize * shard)
-    with_gradients = resident | dict(gradients=4 * shard)
+    with_gradients = resident | dict(gradients=4 * trained)
     # With several micro-batches, the earlier ones have left gradients.
     during_backward = with_gradients if s.trees_per_pass < s.questions else resident
 
@@ -136,32 +158,42 @@ def memory_phases(s: Shape, itemsize: int = 2) -> dict[str, dict[str, float]]:
 
     recomputed = s.checkpointing * s.block_bytes(itemsize)
     block_gradients = itemsize * s.S * (s.D + 2 * s.mlp_width)
-    root = itemsize * s.root_parameters * s.gathered_models
+    adapters = s.trained if s.lora else 0
+    whole = s.parameters * s.gathers_frozen + adapters
+    root = itemsize * s.root_parameters * s.gathered_models * s.gathers_frozen
+    # A block's weights, the next one's, its gradient, and that in float32.
+    block = (2 * itemsize * s.largest_block * s.gathers_frozen
+             + (itemsize + 4) * (adapters / s.layers if s.lora else s.largest_block))
     scored = s.trees_per_pass * s.T
-    head_gradient = itemsize * s.V * s.D
-    hidden = s.trees_per_pass * s.S * s.D * (4 + 2 * itemsize)
+    head_gradient = 0 if s.lora else itemsize * s.V * s.D
+    root_gradient = 0 if s.lora else (itemsize + 4) * s.root_parameters
+    hidden = s.trees_per_pass * s.S * s.D * s.norm_bytes(itemsize)
     logprobs = (head_gradient + scored * s.D * (2 * itemsize + 4)
                 + min(DZ_BYTES, itemsize * scored * s.V))
     return dict(
-        sample=rollout(s.parameters, s.prompt_tokens + s.L),
+        sample=rollout(whole, s.prompt_tokens + s.L),
         head=during_backward | dict(gathered=root, activations=saved + hidden, logprobs=logprobs),
         layer=during_backward | dict(
-            gathered=root + head_gradient + (3 * itemsize + 4) * s.largest_block,
+            gathered=root + head_gradient + block,
             activations=saved + s.trees_per_pass * (recomputed + block_gradients)),
-        reduce=with_gradients | dict(gathered=root + (itemsize + 4) * s.root_parameters),
-        evaluate=rollout(s.parameters * s.gathered_models,
+        reduce=with_gradients | dict(gathered=root + root_gradient),
+        evaluate=rollout(whole * s.gathered_models,
                          s.prompt_tokens + s.L + s.answer_tokens))
 
 
 def flops(s: Shape) -> float:
     """Floating-point operations of an update's forward and backward passes, on all GPUs."""
     passes = 3 + s.checkpointing + s.has_reference  # a backward pass costs as much as two forward
-    blocks = (2 * s.S * s.used_by_a_token
-              + 4 * s.attention_pairs * s.query_width * s.layers)
-    # Recomputing a block stops before its last product, which no gradient needs.
-    not_recomputed = s.checkpointing * 2 * s.S * s.layers * s.mlp_width * s.D
-    head = 2 * s.T * s.V * s.D * (4 + s.has_reference)  # of which its backward pass is 3
-    return s.W * s.questions * (passes * blocks - not_recomputed + head)
+    # Frozen weights need no gradient, which is one of those two. Adapters are weights like others.
+    blocks = (2 * s.S * s.used_by_a_token * (passes - s.lora)
+              + 4 * s.attention_pairs * s.query_width * s.layers * passes
+              + 2 * s.S * s.trained * (3 + s.checkpointing) * s.lora)
+    # Recomputing a block stops before its last product, which no gradient needs. With LoRA, that
+    # is an adapter's.
+    not_recomputed = s.checkpointing * (not s.lora) * 2 * s.S * s.layers * s.mlp_width * s.D
+    # Of the head, the backward pass is 3, one of them its gradient.
+    head = 2 * s.T * s.V * s.D * (4 + s.has_reference - s.lora)
+    return s.W * s.questions * (blocks - not_recomputed + head)
 
 
 def seconds(s: Shape) -> tuple[float, float]:
@@ -185,9 +217,9 @@ def bytes_received(s: Shape, itemsize: int = 2) -> tuple[float, float]:
     micro_batches, copies = -(-s.questions // int(s.trees_per_pass)), s.W // s.shard
     blocks = (2 + s.has_reference) * s.blocks_parameters
     gathered = s.parameters * s.sampled + micro_batches * (s.root_parameters + blocks)
-    scattered = 4 * micro_batches * s.parameters
+    scattered = 4 * micro_batches * s.trained
     from_shards = (itemsize * gathered + scattered) * (s.shard - 1) / s.shard
-    return from_shards, 4 * s.parameters / s.shard * 2 * (copies - 1) / copies
+    return from_shards, 4 * s.trained / s.shard * 2 * (copies - 1) / copies
 
 
 def fit_to_memory(config, args, W: int, available: float,
@@ -248,8 +280,9 @@ def plan(config, args, W: int) -> str:
     names = dict.fromkeys(name for parts in table.values() for name in parts)
     sample_seconds, other_seconds = seconds(s)
     without = "without" if not s.checkpointing else "with"
+    trained = f", {s.trained / 1e6:.1f} M trained" if s.lora else ""
     lines = [
-        f"{s.parameters / 1e9:.2f} B parameters; GPUs: {W}, each with {s.questions} questions of"
+        f"{s.parameters / 1e9:.2f} B parameters{trained}; GPUs: {W}, each with {s.questions} questions of"
         f" {s.prompt_tokens} tokens x {s.K} rationales of {s.L}; {without} checkpointing",
         f"{'GB a GPU':12}" + "".join(f"{phase:>10}" for phase in table),
         *(row(name, (parts[name] / 1e9 if name in parts else None for parts in table.values()))

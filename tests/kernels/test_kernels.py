@@ -945,7 +945,8 @@ def assert_same_curve(ours, theirs):
 def test_same_curve_as_torch(torch_run, tmp_path, monkeypatch):
     calls = count_kernel_calls(monkeypatch)
     out = start(*STEPS, "--kernels", "triton", out=tmp_path / "out")
-    assert calls["token_logprobs"] == 2 * calls["score_rationales"] >= 10  # policy and reference
+    # Once while loading; then for policy and reference.
+    assert calls["token_logprobs"] == 1 + 2 * calls["score_rationales"] >= 11
     assert_same_curve(out, torch_run)
 
 
