@@ -8,10 +8,11 @@ and the script exits with code 75. Run the same command again to continue: finis
 repeated, and a run that was killed loses at most --every updates. The arms, graded together with
 the raw model on the test split:
 
-    warm_up   SFT on gold rationales, short: it teaches the format
-    latro     LaTRO from the warm-up
-    sft       SFT from the warm-up, for as many updates of as many questions as latro
-    shuffled  latro, with each advantage given to another rationale of its question: a control
+    warm_up     SFT on gold rationales, short: it teaches the format
+    latro       LaTRO from the warm-up
+    sft         SFT from the warm-up, for as many updates of as many questions as latro
+    shuffled    latro, with each advantage given to another rationale of its question: a control
+    latro_fast  latro with five times the learning rate
 
 The last state of each run is graded; none is selected. The table is {--runs}/graded/eval.md. Flags
 after -- go to every run:
@@ -29,12 +30,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
-LATRO = "--questions 4 --K 8 --L 150 --lr 1e-5 --warmup 5"
+LATRO = "--questions 4 --K 8 --L 150 --lr 2e-6 --warmup 5"
+FAST = LATRO.replace("2e-6", "1e-5")
 ARMS = {  # script and flags
     "warm_up": ("latro.py", "--objective sft --questions 8 --L 150 --lr 1e-5 --warmup 5"),
     "latro": ("latro.py", LATRO),
-    "sft": ("latro.py", f"{LATRO} --objective sft"),
+    "sft": ("latro.py", f"{FAST} --objective sft"),
     "shuffled": ("experiments/controls.py shuffled", LATRO),
+    "latro_fast": ("latro.py", FAST),
 }
 MORE = 75  # exit code, EX_TEMPFAIL of sysexits.h: not an error, run it again
 
@@ -90,7 +93,7 @@ def grade(args: argparse.Namespace, deadline: float) -> None:
         run_until(deadline, [
             ROOT / "eval.py", "--task", "gsm8k", *(["--data", args.data] if args.data else []),
             "--base", args.model, "--sft", args.runs / "sft",
-            "--ckpt", *(args.runs / name for name in ("latro", "shuffled", "warm_up")),
+            "--ckpt", *(args.runs / name for name in ARMS if name != "sft"),
             "--questions", args.graded, "--k", args.k, "--batch", args.batch, "--out", out])
 
 
