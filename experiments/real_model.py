@@ -9,10 +9,9 @@ repeated, and a run that was killed loses at most --every updates. The arms, gra
 the raw model on the test split:
 
     warm_up     SFT on gold rationales, short: it teaches the format
-    latro       LaTRO from the warm-up
     sft         SFT from the warm-up, for as many updates of as many questions as latro
+    latro       LaTRO from the warm-up
     shuffled    latro, with each advantage given to another rationale of its question: a control
-    latro_fast  latro with five times the learning rate
 
 The last state of each run is graded; none is selected. The table is {--runs}/graded/eval.md. Flags
 after -- go to every run:
@@ -31,13 +30,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HUB = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 LATRO = "--questions 4 --K 8 --L 150 --lr 2e-6 --warmup 5"
-FAST = LATRO.replace("2e-6", "1e-5")
 ARMS = {  # script and flags
     "warm_up": ("latro.py", "--objective sft --questions 8 --L 150 --lr 1e-5 --warmup 5"),
+    "sft": ("latro.py", LATRO.replace("2e-6", "1e-5") + " --objective sft"),
     "latro": ("latro.py", LATRO),
-    "sft": ("latro.py", f"{FAST} --objective sft"),
     "shuffled": ("experiments/controls.py shuffled", LATRO),
-    "latro_fast": ("latro.py", FAST),
 }
 MORE = 75  # exit code, EX_TEMPFAIL of sysexits.h: not an error, run it again
 
