@@ -52,6 +52,7 @@ from harness.lora import FrozenBase
 from harness.metrics import check_finite, peak_memory, records, summary, throughput
 from harness.model import check_same_shape, load_config, load_model
 from harness.report import HEADLINES, before_and_after, how_rationales_end
+from harness.trackers import start_tracker, stop_tracker, track
 from kernels import token_logprobs
 from kernels.attention import Layout, build_layout, logits_divisor
 from kernels.decode import CUDAGraphRunner, Decoder, DecodeState, compact
@@ -103,6 +104,7 @@ class Args:
     eval_questions: int = flag(200, "held-out questions of an evaluation", least=1)
     save_every: int = flag(100, "updates between checkpoints; 0: at the end only", least=0)
     keep: int = flag(2, "states to keep, in case the last one is damaged", least=1)
+    log_to: str = flag(None, "also log there", ("tensorboard", "wandb", "trackio"))
     seed: int = flag(0, "of the data order and the samples", least=0)
     resume: bool = flag(False, "continue from the last checkpoint in --out")
     shard: int = flag(0, "processes that share one copy of the weights; 0: all", least=0,
@@ -535,6 +537,7 @@ def evaluate_and_log(step: int, policy, reference, codec, held_out, args: Args) 
 # ------------------------------------------------------------------------------ 7. training
 def log(args: Args, name: str, row: dict) -> None:
     append_jsonl(Path(args.out, f"{name}.jsonl"), row)
+    track(name, row)
 
 
 def draw_batch(train_set: list[Example], step: int, args: Args) -> list[Example]:
@@ -611,6 +614,7 @@ def train(args: Args) -> None:
     args.steps = args.steps or epochs_to_steps(args.epochs, len(train_set), args.questions)
     print0(f"{args.steps} updates of {args.questions} questions = {args.steps * epoch:.3g} epochs")
     set_length(args, start)
+    start_tracker(args, start)
     if start == 0:
         evaluate_and_log(0, policy, reference, codec, held_out, args)
 
@@ -672,8 +676,11 @@ def run(argv: list[str] | None) -> None:
     args = parse(argv)
     if args.plan:
         print0(memory.plan(load_config(args), args, args.plan))
-    else:
+        return
+    try:
         train(args)
+    finally:
+        stop_tracker()
 
 
 def main(argv: list[str] | None = None) -> int:

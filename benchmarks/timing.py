@@ -6,6 +6,7 @@ change of clock speed affects all of them. The floor is the time of the bare mat
 or read of that shape, measured in the same rounds.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -82,7 +83,11 @@ def extra_bytes(prepare: Callable) -> int:
     action = prepare()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    returned = action()
+    gc.disable()  # what earlier calls left behind is not freed in this one, and not subtracted
+    try:
+        returned = action()
+    finally:
+        gc.enable()
     peak = torch.cuda.max_memory_allocated()
     return peak - before - sum(x.nbytes for x in returned if x is not None)
 

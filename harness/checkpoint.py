@@ -1,7 +1,7 @@
 """The directory of a run: model, logs and training state.
 
     out/config.json, model.safetensors, tokenizer...   an ordinary Hugging Face directory
-    out/latro.json                                     settings, pi_0, schedule, versions
+    out/latro.json                                     settings, pi_0, schedule, name, versions
     out/metrics.jsonl, evals.jsonl, samples.jsonl      logs, one row per line
     out/state/step-000050/                             weights, AdamW's moments, checksums
 
@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import time
+import uuid
 import zlib
 from pathlib import Path
 from typing import IO
@@ -145,9 +146,15 @@ def init_run_dir(args) -> None:
     if is_main_process() and not (out / "latro.json").exists():
         settings = dataclasses.asdict(args) | dict(resume=False)
         base = args.reference or args.model
-        note = dict(args=settings, base=base) | environment(processes())
+        name = f"{out.resolve().name}-{uuid.uuid4().hex[:8]}"
+        note = dict(args=settings, base=base, id=name) | environment(processes())
         atomic_write(out / "latro.json", json.dumps(note, indent=2))
     dist.barrier()
+
+
+def read_run_id(args) -> str:
+    """The name of a run, which no other run has."""
+    return json.loads(Path(args.out, "latro.json").read_text()).get("id", Path(args.out).name)
 
 
 def record_schedule(args, start: int) -> bool:

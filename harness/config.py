@@ -5,13 +5,14 @@ import dataclasses
 import json
 import math
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 from .distributed import processes, restart_count
 from .errors import UserError, short_error, usage_error
 
 RESUMABLE_FLAGS = ("resume", "out", "micro", "checkpointing", "kernels", "keep", "timeout", "steps",
-                   "epochs")
+                   "epochs", "log_to")
 
 
 def flag(default, help: str, choices=None, least=None, group: str = ""):
@@ -118,6 +119,9 @@ def check_args(args):
     if args.reward == "correct" and (args.credit, args.answer_weight) != ("answer", 1):
         raise UserError("--reward correct learns from all that was sampled and has no answer term:"
                         " leave out --credit and --answer-weight")
+    if args.log_to and not find_spec(args.log_to):
+        raise UserError(f"--log-to {args.log_to}: this package is not installed here: pip install"
+                        f" {args.log_to}")
     if args.lora_rank and args.reference:
         raise UserError("--lora-rank: the frozen --model is pi_0; leave out --reference")
     if args.objective == "sft" and args.reward == "correct":

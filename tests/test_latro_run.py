@@ -140,7 +140,7 @@ def test_every_flag_is_recorded(tmp_path):
     noted = json.loads((out / "latro.json").read_text())["args"]
     rest = dict(out=str(out), objective="latro", reward="logp", epochs=None, shard=0,
                 checkpointing=False, resume=False, plan=False, reference=None, lora_rank=0,
-                lora_alpha=16.0)
+                lora_alpha=16.0, log_to=None)
     assert noted == flags | rest
 
 

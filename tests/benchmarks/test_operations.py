@@ -259,7 +259,7 @@ def test_on_a_gpu(tmp_path, monkeypatch, name):
         assert {"dZ of 2^26 bytes", "64x64x32, 4 warps, 2 stages"} <= names
     for row in results["rows"]:
         if "seconds" in row and row["candidate"] != "floor":
-            assert all(size >= 0 for size in row["peak_bytes"].values())
+            assert all(size >= 0 for size in row["peak_bytes"].values()), row
 
 
 def test_quartiles_and_relative_error():

@@ -120,7 +120,7 @@ def test_real_model(in_process, tmp_path, monkeypatch, capsys):
     text = (runs / "graded/eval.md").read_text()
     names = [line.split(" | ")[0].strip("| ") for line in text.splitlines()]
     assert text in capsys.readouterr().out
-    assert names[2:8] == ["base", "sft", "warm_up", "latro", "shuffled"]
+    assert names[2:7] == ["base", "sft", "warm_up", "latro", "shuffled"]
     for name, steps in dict(warm_up=1, sft=2, latro=2, shuffled=2).items():
         assert len(rows(runs / name)) == steps
         before = json.loads((runs / name / "latro.json").read_text())["base"]
