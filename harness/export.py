@@ -35,7 +35,7 @@ def export_model(policy: nn.Module, weights: dict[str, Tensor], tokenizer, folde
     # save_pretrained refuses some of the bases' generation_configs: a temperature without sampling.
     policy.generation_config.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
-    rewrite(folder / "config.json", with_rope_scaling, policy.model.rotary_emb.attention_scaling)
+    rewrite(folder / "config.json", with_known_config, rope_factor(policy.model))
     rewrite(folder / "tokenizer_config.json", with_known_tokenizer, tokenizer)
 
 
@@ -52,11 +52,24 @@ def rewrite(path: Path, change: Callable[..., dict], *rest) -> None:
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def with_rope_scaling(config: dict, attention_scaling: float) -> dict:
-    """config.json with its `rope_parameters` also under the names that transformers 4.57 reads.
+def rope_factor(decoder: nn.Module) -> float | None:
+    """The factor on cos and sin, for longrope: of the full attention, where it has one for each
+    kind of layer. None without rotary embeddings."""
+    rotary = getattr(decoder, "rotary_emb", None)
+    return getattr(rotary, "full_attention_attention_scaling",
+                   getattr(rotary, "attention_scaling", None))
 
-    `attention_scaling` is the model's factor on cos and sin, for longrope."""
-    rope = dict(config["rope_parameters"])
+
+def with_known_config(config: dict, attention_scaling: float | None) -> dict:
+    """config.json with names that both generations know, above all for `rope_parameters`."""
+    if config["model_type"] == "qwen3_moe":  # 4.57 would take its default, 128
+        config["num_experts"] = config["num_local_experts"]
+    rope = dict(config.get("rope_parameters") or {})
+    if "full_attention" in rope:  # one for each kind of layer
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
+    if not rope:
+        return config
     config |= {k: rope.pop(k) for k in ("rope_theta", "partial_rotary_factor") if k in rope}
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     if rope["rope_type"] == "longrope":

@@ -16,6 +16,7 @@ operation saves for its gradient. Not counted: the CUDA context, NCCL's buffers,
 card has about 6 % more memory than its name says, and that margin has to cover them.
 """
 
+import copy
 import dataclasses
 import os
 
@@ -56,7 +57,10 @@ class Shape:
         self.V, self.D = model.get_output_embeddings().weight.shape
         self.mlp_width = experts * (getattr(config, "moe_intermediate_size", None)
                                     or config.intermediate_size)
-        self.norms = sum("Norm" in type(child).__name__ for child in block.children())
+        self.copies = experts * (self.used_by_a_token < self.blocks_parameters)  # of a token
+        norms = [child for child in block.children() if "Norm" in type(child).__name__]
+        self.norm, self.norms = norms[0], len(norms)
+        self.ends_by_norm = hasattr(block, "post_feedforward_layernorm")
         self.windows = len(windows(config))
         self.count_adapters(blocks, args.lora_rank)
         self.head_width = (getattr(config, "head_dim", None)
@@ -106,22 +110,33 @@ class Shape:
         return sum(-(-len(w) // self.shard) * w[0].numel() for w in weights)
 
     def norm_bytes(self, itemsize: int) -> int:
-        """Bytes for each number: the input in float32, the normalized input, which only the
-        gradient of the norm's own weight needs, and the output."""
-        return 4 + (1 + (not self.lora)) * itemsize
+        """Bytes that a norm saves of each number. Llama's saves its input in float32 and, for the
+        gradient of its weight, the normalized input; others in float32, too."""
+        dtype, saved = {2: torch.bfloat16, 4: torch.float32}[itemsize], {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.shape == x.shape:  # neither a weight nor one number a row
+                saved[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+        norm = copy.deepcopy(self.norm).to(dtype).requires_grad_(not self.lora)
+        x = torch.empty(3, len(norm.weight), dtype=dtype, device="meta", requires_grad=True)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            norm(x)
+        return sum(tensor.itemsize for tensor in saved.values())
 
     def block_bytes(self, itemsize: int) -> int:
         """Bytes that one block saves of a tree for its gradient. `itemsize`: bytes of a number.
 
-        Attention saves q,
-        k and v in rows, and its output both in rows and in the tree's order. The MLP saves the
-        gate, its SiLU, the up projection, and their product. An adapter saves what is between its
-        two matrices."""
+        Attention saves its input, q, k and v in rows, and its output both in rows and in the
+        tree's order. The MLP saves its input, the gate, its SiLU, the up projection, and their
+        product; experts also save a token's copies and their outputs. An adapter saves what is
+        between its two matrices."""
         norms = (self.norms * self.D * self.norm_bytes(itemsize)
-                 + self.qk_norm_width * (self.norm_bytes(itemsize) - itemsize))
+                 + self.qk_norm_width * self.norm_bytes(itemsize))
         in_rows = (2 * self.query_slots * (self.query_width + self.key_width)
                    + 2 * self.key_slots * self.key_width)
-        per_token = norms + itemsize * (self.query_width + 4 * self.mlp_width + self.adapter_width)
+        per_token = norms + itemsize * (2 * self.D + self.query_width + 4 * self.mlp_width
+                                        + self.adapter_width + 2 * self.copies * self.D)
         return self.S * per_token + itemsize * in_rows
 
     def cache_bytes(self, tokens: float, itemsize: int = 2) -> float:
@@ -153,11 +168,12 @@ def memory_phases(s: Shape, itemsize: int = 2) -> dict[str, dict[str, float]]:
     # for each window.
     saved = s.layers * (itemsize * s.S * s.D if s.checkpointing else s.block_bytes(itemsize))
     masks = s.windows * s.attention_pairs * (1 + itemsize * s.query_width // s.key_width)
-    rope = s.S * 2 * itemsize * s.head_width  # cosines and sines
+    rope = s.windows * s.S * 2 * 4 * s.head_width  # cosines and sines, in float32
     saved = s.trees_per_pass * (saved + masks + rope)
 
     recomputed = s.checkpointing * s.block_bytes(itemsize)
-    block_gradients = itemsize * s.S * (s.D + 2 * s.mlp_width)
+    block_gradients = itemsize * s.S * (s.D + max(2 * s.mlp_width,
+                                                  s.mlp_width + 3 * s.copies * s.D))
     adapters = s.trained if s.lora else 0
     whole = s.parameters * s.gathers_frozen + adapters
     root = itemsize * s.root_parameters * s.gathered_models * s.gathers_frozen
@@ -167,7 +183,7 @@ def memory_phases(s: Shape, itemsize: int = 2) -> dict[str, dict[str, float]]:
     scored = s.trees_per_pass * s.T
     head_gradient = 0 if s.lora else itemsize * s.V * s.D
     root_gradient = 0 if s.lora else (itemsize + 4) * s.root_parameters
-    hidden = s.trees_per_pass * s.S * s.D * s.norm_bytes(itemsize)
+    hidden = s.trees_per_pass * s.S * s.D * (s.norm_bytes(itemsize) + itemsize)
     logprobs = (head_gradient + scored * s.D * (2 * itemsize + 4)
                 + min(DZ_BYTES, itemsize * scored * s.V))
     return dict(
@@ -188,9 +204,10 @@ def flops(s: Shape) -> float:
     blocks = (2 * s.S * s.used_by_a_token * (passes - s.lora)
               + 4 * s.attention_pairs * s.query_width * s.layers * passes
               + 2 * s.S * s.trained * (3 + s.checkpointing) * s.lora)
-    # Recomputing a block stops before its last product, which no gradient needs. With LoRA, that
-    # is an adapter's.
-    not_recomputed = s.checkpointing * (not s.lora) * 2 * s.S * s.layers * s.mlp_width * s.D
+    # Recomputing a block stops before its last product, which no gradient needs, unless a norm or
+    # a sum over experts follows it. With LoRA, that product is an adapter's.
+    ends_by_product = not (s.lora or s.ends_by_norm or s.copies)
+    not_recomputed = s.checkpointing * ends_by_product * 2 * s.S * s.layers * s.mlp_width * s.D
     # Of the head, the backward pass is 3, one of them its gradient.
     head = 2 * s.T * s.V * s.D * (4 + s.has_reference - s.lora)
     return s.W * s.questions * (blocks - not_recomputed + head)

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig,
+                          MixtralConfig)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is also a script
 from conftest import TINY, TOY, contents, gradients, launch, rows, start, stopping, untimed
@@ -86,16 +87,25 @@ def one_update(folder, model_flags):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Flags of the toy, with tied embeddings, and of a Llama with grouped heads, without."""
-    path = tmp_path_factory.mktemp("untied")
+    """Flags of the toy, with tied embeddings, and of random models with grouped heads, without:
+    a Llama, one with a window of 6 in one layer of two, and one with experts."""
     tokenizer = AutoTokenizer.from_pretrained(TOY)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, eos_token_id=1,
-        tie_word_embeddings=False, max_position_embeddings=256)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return dict(tied=[], untied=["--model", path, "--task", "toy"])
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
+                 num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 initializer_range=0.2, eos_token_id=1, tie_word_embeddings=False,
+                 max_position_embeddings=256)
+    kinds = ["sliding_attention", "full_attention"]
+    configs = dict(
+        untied=LlamaConfig(**sizes), experts=MixtralConfig(**sizes, num_local_experts=4),
+        windows=Gemma3TextConfig(**sizes, head_dim=8, sliding_window=6, layer_types=kinds))
+    flags = dict(tied=[])
+    for name, config in configs.items():
+        path = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        flags[name] = ["--model", path, "--task", "toy"]
+    return flags
 
 
 # Settings of the second update, by number of processes.
@@ -183,7 +193,7 @@ def test_assign_micro_batches(W, budget, monkeypatch):
 
 
 @pytest.mark.parametrize("way", [*WAYS, *TWO, *FOUR])
-@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("model", ["tied", "untied", "experts", "windows"])
 @pytest.mark.slow
 def test_gradient_is_the_same(model, way, outs):
     ours, expected = gradient(outs[model, way]), gradient(outs[model, "one"])

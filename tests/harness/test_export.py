@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
-                          LlamaTokenizer, MistralConfig, Phi3Config, Qwen2Config, Qwen2Tokenizer,
-                          Qwen3Config)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GenerationConfig,
+                          GraniteConfig, LlamaConfig, LlamaTokenizer, MistralConfig, MixtralConfig,
+                          Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen2Tokenizer,
+                          Qwen3Config, Qwen3MoeConfig, SmolLM3Config)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is also a script
 from conftest import TINY, TOY, begin, launch, rows, start, stopping
@@ -199,6 +200,9 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_fact
               high_freq_factor=4.0, original_max_position_embeddings=16)
 YARN = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=16)
 FACTORS = dict(short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.5, 2.0, 3.0, 4.0])
+KINDS = ["sliding_attention", "full_attention"]
+GEMMA = dict(full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+             sliding_attention=dict(rope_type="default", rope_theta=1e4))
 EIGHT = {name: [*factors, *factors] for name, factors in FACTORS.items()}
 
 
@@ -245,7 +249,20 @@ MODELS = {
         Phi3Config(**SMALL, partial_rotary_factor=0.5, original_max_position_embeddings=32,
                    rope_scaling=FACTORS | dict(type="longrope")),
         dict(rope_theta=1e4, partial_rotary_factor=0.5, original_max_position_embeddings=32,
-             rope_scaling=FACTORS | dict(type="longrope")))}
+             rope_scaling=FACTORS | dict(type="longrope"))),
+    "gemma3, linear in full layers": (
+        Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=6, layer_types=KINDS,
+                         rope_parameters=GEMMA),
+        dict(rope_theta=1e6, rope_local_base_freq=1e4,
+             rope_scaling=dict(rope_type="linear", factor=8.0))),
+    "olmo2": (Olmo2Config(**SMALL), dict(rope_theta=1e4, rope_scaling=None)),
+    "olmo3": (Olmo3Config(**SMALL, sliding_window=6, layer_types=KINDS), dict(rope_scaling=None)),
+    "smollm3": (SmolLM3Config(**SMALL, no_rope_layer_interval=2), dict(rope_scaling=None)),
+    "granite": (GraniteConfig(**SMALL, logits_scaling=3.0), dict(rope_scaling=None)),
+    "mixtral": (MixtralConfig(**SMALL, num_local_experts=4), dict(rope_scaling=None)),
+    "qwen3_moe": (
+        Qwen3MoeConfig(**SMALL, head_dim=16, moe_intermediate_size=24, num_experts=4,
+                       num_experts_per_tok=2), dict(rope_scaling=None, num_experts=4))}
 
 
 def make_model(config):

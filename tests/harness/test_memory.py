@@ -28,7 +28,13 @@ SIZES = dict(vocab_size=1000, hidden_size=128, intermediate_size=360, num_hidden
              bos_token_id=2, max_position_embeddings=1024)
 CONFIGS = dict(llama=hf.LlamaConfig(**SIZES), phi3=hf.Phi3Config(**SIZES),
                tied=hf.Qwen2Config(**SIZES, tie_word_embeddings=True),
-               qwen3=hf.Qwen3Config(**SIZES, head_dim=32))
+               qwen3=hf.Qwen3Config(**SIZES, head_dim=32),
+               gemma3=hf.Gemma3TextConfig(**SIZES, head_dim=32, sliding_window=6),
+               olmo2=hf.Olmo2Config(**SIZES), olmo3=hf.Olmo3Config(**SIZES, sliding_window=6),
+               smollm3=hf.SmolLM3Config(**SIZES), granite=hf.GraniteConfig(**SIZES),
+               mixtral=hf.MixtralConfig(**SIZES, num_local_experts=4),
+               qwen3_moe=hf.Qwen3MoeConfig(**SIZES, head_dim=32, moe_intermediate_size=96,
+                                           num_experts=4, num_experts_per_tok=2))
 PROMPT, L, ANSWER, K = 40, 60, 10, 4  # tokens of prompt, rationale and answer; rationales
 each_model = pytest.mark.parametrize("name", CONFIGS)
 each_size = pytest.mark.parametrize("name, lora_rank", [
@@ -44,9 +50,11 @@ def make_shape(name, W=1, **other):
     return memory.Shape(CONFIGS[name], make_args(**other), W, PROMPT, ANSWER)
 
 
-def make_model(name, dtype=torch.float32, checkpointing=False, lora_rank=0):
+def make_model(name, dtype=torch.float32, checkpointing=False, lora_rank=0, experts=None):
     policy = hf.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
     policy.set_attn_implementation("latro")
+    if experts:
+        policy.set_experts_implementation(experts)
     if lora_rank:
         add_adapters(policy, make_args(lora_rank=lora_rank))
     policy.logprobs = MethodType(latro.logprobs, policy)
@@ -117,7 +125,7 @@ def test_activations(name, dtype, checkpointing, lora_rank):
         tree = longest_tree(policy)
         layout = tree.layout.additive(torch.empty(0, dtype=dtype), policy.config)
         hidden = policy.model(input_ids=tree.ids, layout=layout,
-                              attention_mask=layout.branch_masks[None],
+                              attention_mask=next(iter(layout.branch_masks.values())),
                               position_ids=tree.position, use_cache=False).last_hidden_state
         copies = copy * (1 if checkpointing else s.layers)
         saved = planned["head"]["activations"] + (0 if checkpointing else copies)
@@ -133,7 +141,8 @@ def test_activations(name, dtype, checkpointing, lora_rank):
 def test_flops(name, checkpointing, lora_rank):
     """All FLOPs except attention's, which torch's counter does not see on a CPU. With LoRA, the
     input of the first block needs no gradient, which is not counted: up to 2 % here."""
-    policy = make_model(name, checkpointing=checkpointing, lora_rank=lora_rank).train()
+    policy = make_model(name, checkpointing=checkpointing, lora_rank=lora_rank,
+                        experts="eager").train()  # torch does not count grouped products
     s = make_shape(name, beta=0.0, questions=1, checkpointing=checkpointing, lora_rank=lora_rank)
     with FlopCounterMode(display=False) as counted:
         policy.logprobs(longest_tree(policy)).sum().backward()
