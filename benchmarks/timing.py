@@ -83,7 +83,7 @@ def extra_bytes(prepare: Callable) -> int:
     action = prepare()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    gc.disable()  # what earlier calls left behind is not freed in this one, and not subtracted
+    gc.disable()  # freeing the garbage of earlier calls now would make this one look smaller
     try:
         returned = action()
     finally:

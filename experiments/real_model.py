@@ -32,7 +32,7 @@ HUB = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 LATRO = "--questions 4 --K 8 --L 150 --lr 2e-6 --warmup 5"
 ARMS = {  # script and flags
     "warm_up": ("latro.py", "--objective sft --questions 8 --L 150 --lr 1e-5 --warmup 5"),
-    "sft": ("latro.py", LATRO.replace("2e-6", "1e-5") + " --objective sft"),
+    "sft": ("latro.py", f"{LATRO} --lr 1e-5 --objective sft"),
     "latro": ("latro.py", LATRO),
     "shuffled": ("experiments/controls.py shuffled", LATRO),
 }

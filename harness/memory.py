@@ -131,8 +131,7 @@ class Shape:
         tree's order. The MLP saves its input, the gate, its SiLU, the up projection, and their
         product; experts also save a token's copies and their outputs. An adapter saves what is
         between its two matrices."""
-        norms = (self.norms * self.D * self.norm_bytes(itemsize)
-                 + self.qk_norm_width * self.norm_bytes(itemsize))
+        norms = (self.norms * self.D + self.qk_norm_width) * self.norm_bytes(itemsize)
         in_rows = (2 * self.query_slots * (self.query_width + self.key_width)
                    + 2 * self.key_slots * self.key_width)
         per_token = norms + itemsize * (2 * self.D + self.query_width + 4 * self.mlp_width
