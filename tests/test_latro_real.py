@@ -110,13 +110,14 @@ def test_a_gold_rationale_makes_the_answer_likelier(model):
 
 def test_ids_are_those_of_the_whole_text(model):
     """Nothing moves at the seams: prompt, rationale, template and answer, each tokenised
-    separately, are the chat template's ids of the whole conversation. Digits are single tokens here,
-    after a space of their own: a wrong seam would cost nats."""
+    separately, are the chat template's ids of the whole conversation. Digits are single tokens
+    here, after a space of their own: a wrong seam would cost nats."""
     args = latro.parse(["--model", str(model), "--task", "gsm8k", "--data", str(data_dir("gsm8k"))])
     codec, examples, _ = data.load_datasets(args)
     for e in examples[:200]:
         reply = f"{codec.text(e.z)}{codec.tokenizer.decode(codec.template_after_z)} {e.gold}."
-        chat = [dict(role="user", content=e.question), dict(role="assistant", content=reply)]
+        asked = f"{e.question} Let's think step by step."
+        chat = [dict(role="user", content=asked), dict(role="assistant", content=reply)]
         whole = codec.tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
         ours = e.x + e.z + codec.template_after_z + e.answer
         assert ours == whole[:len(ours)] and len(whole) - len(ours) <= 1  # a last newline
