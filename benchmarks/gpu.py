@@ -34,7 +34,8 @@ def parts(large: str, small: str, folder: Path) -> list[Part]:
         place = f"--out {shlex.quote(str(folder))}"
         return Part(name, f"-m benchmarks {name} {options} {place}", minutes)
     few = "--rounds 3"
-    tiles = "ours 'dZ of 2^28 bytes' '128x256x64, 8 warps, 4 stages' '128x128x64, 8 warps, 4 stages'"
+    tiles = ("ours 'dZ of 2^28 bytes' '128x256x64, 8 warps, 4 stages'"
+             " '128x128x64, 8 warps, 4 stages'")
     return [
         Part("tests", "-m pytest tests -m gpu -q", 8),
         bench("tune", f"--models {large} {few} --only {tiles}", 3),
@@ -78,7 +79,8 @@ def as_markdown(rows: list[dict], setup: dict) -> str:
     """Each part with its command, status and table, or the end of its output."""
     text = ", ".join(f"{k} {v}" for k, v in setup.items()) + "\n"
     for row in rows:
-        text += f"\n### {row['name']}\n\n`{row['command']}`: {row['status']}, {row['seconds']} s\n\n"
+        status = f"{row['status']}, {row['seconds']} s"
+        text += f"\n### {row['name']}\n\n`{row['command']}`: {status}\n\n"
         output = "```\n" + "\n".join(row["output"].strip().splitlines()[-12:]) + "\n```\n"
         text += row.get("table", output).rstrip() + "\n"
     return text

@@ -1,7 +1,8 @@
 """How the cost of an update grows: seconds and memory over K, L, prompt, vocabulary, processes.
 
-Every point is measured in a process of its own, on random weights at the toy's size. `padded` is what
-one would write first: `generate`, then K rows of prompt, rationale and answer in one padded pass.
+Every point is measured in a process of its own, on random weights at the toy's size. `padded` is
+what one would write first: `generate`, then K rows of prompt, rationale and answer in one padded
+pass.
 """
 
 import argparse

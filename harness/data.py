@@ -97,7 +97,8 @@ def parse_row(place: str, row: dict, task: str) -> Row:
 
 def take_shots(rows: list[tuple[str, dict]], args) -> tuple[list[Row], list[tuple[str, dict]]]:
     """The first --shots training rows that have a rationale, as worked examples, and the others:
-    what the prompt shows is neither trained on nor graded. Raises UserError if there are too few."""
+    what the prompt shows is neither trained on nor graded. Raises UserError if there are too
+    few."""
     shots, others = [], []
     for place, row in rows:
         parsed = parse_row(place, row, args.task) if len(shots) < args.shots else None

@@ -298,8 +298,9 @@ def plan(config, args, W: int) -> str:
     without = "without" if not s.checkpointing else "with"
     trained = f", {s.trained / 1e6:.1f} M trained" if s.lora else ""
     lines = [
-        f"{s.parameters / 1e9:.2f} B parameters{trained}; GPUs: {W}, each with {s.questions} questions of"
-        f" {s.prompt_tokens} tokens x {s.K} rationales of {s.L}; {without} checkpointing",
+        f"{s.parameters / 1e9:.2f} B parameters{trained}; GPUs: {W}, each with {s.questions}"
+        f" questions of {s.prompt_tokens} tokens x {s.K} rationales of {s.L};"
+        f" {without} checkpointing",
         f"{'GB a GPU':12}" + "".join(f"{phase:>10}" for phase in table),
         *(row(name, (parts[name] / 1e9 if name in parts else None for parts in table.values()))
           for name in names),

@@ -53,10 +53,10 @@ def records(codec, examples: list, groups: list[list], logp: Tensor,
 def summary(questions: list[list[dict]]) -> dict:
     """Means over the rationales of all questions; log-probs in nats, lengths in tokens.
 
-    elbo is E[log pi(y|x+z)] - KL whatever beta is, None without pi_0 or y. reward_right: the correlation
-    of the reward with being right, within questions where both vary. unique: the share of different
-    rationales. entropy: estimated, per token. finished, eos: the share that L did not cut, and of
-    those that EOS ended."""
+    elbo is E[log pi(y|x+z)] - KL whatever beta is, None without pi_0 or y. reward_right: the
+    correlation of the reward with being right, within questions where both vary. unique: the share
+    of different rationales. entropy: estimated, per token. finished, eos: the share that L did not
+    cut, and of those that EOS ended."""
     samples = [s for q in questions for s in q]
 
     def mean(key: str) -> float | None:

@@ -1,6 +1,6 @@
-"""Score, backward pass, optimizer step and decoding on fake CUDA tensors, which have a shape, a dtype
-and a device, but no values. Shows what each tensor's are, that none lies on the CPU, and that the
-host reads no value. Custom operations are represented by what they register for fake tensors.
+"""Score, backward pass, optimizer step and decoding on fake CUDA tensors, which have a shape, a
+dtype and a device, but no values. Shows what each tensor's are, that none lies on the CPU, and that
+the host reads no value. Custom operations are represented by what they register for fake tensors.
 
     python tests/fake_cuda.py      runs the tests below; needs a C++ compiler
 
@@ -182,7 +182,8 @@ def test_an_update(checkpointing, monkeypatch):
     assert rationale_score.score_question.launches == 1
     # The products of weights; those of attention are up to SDPA. The head's are a custom operation.
     products = [dtypes for name, dtypes in operations.calls if name == "mm"]
-    # A block has 7: policy and reference forwards, and twice backwards. The last one is not recomputed.
+    # A block has 7: policy and reference forwards, and twice backwards. The last one is not
+    # recomputed.
     each = 4 * 7 + (6 if checkpointing else 0)
     assert products == [[HALF]] * each * CONFIG.num_hidden_layers
     assert {p.grad.dtype for p in policy.parameters()} == {FULL}
@@ -201,8 +202,8 @@ def norm_without_value(*args):
 
 
 def test_decoding():
-    """Prefill and steps, as they are captured: logits in float32, all else in bfloat16 or int64, and
-    the host neither waits nor brings a tensor along."""
+    """Prefill and steps, as they are captured: logits in float32, all else in bfloat16 or int64,
+    and the host neither waits nor brings a tensor along."""
     policy, L = make_policy(HALF), 5
     stops = stops_tensor()
     eos, uniform = (torch.zeros(*size, device="cuda", dtype=dtype)

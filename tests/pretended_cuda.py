@@ -6,7 +6,8 @@ CPU. Values are those of the CPU; times, and memory that was not asked for, mean
     python tests/pretended_cuda.py latro.py --steps 1
 
 Processes that it starts by sys.executable pretend as well. With the environment variable
-REACHED_LINES, a folder, each process leaves a file there: the lines of this project that it has run.
+REACHED_LINES, a folder, each process leaves a file there: the lines of this project that it has
+run.
 
 Tensors stay in the CPU's memory and say that they are on cuda:0, unless they were moved to the CPU.
 Triton's kernels are interpreted, gloo stands for NCCL, and a tape stands for a CUDA graph. What a
@@ -39,8 +40,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 TOTAL_MEMORY = 80e9  # bytes
 HOST_WAITS = "_local_scalar_dense", "nonzero", "unique", "masked_select", "equal"
 COPIED_FROM_HOST = "scalar_tensor", "lift_fresh"
-FACTORIES = ("arange as_tensor empty empty_strided eye full linspace ones rand randint randn randperm"
-             " tensor zeros").split()
+FACTORIES = ("arange as_tensor empty empty_strided eye full linspace ones rand randint randn"
+             " randperm tensor zeros").split()
 LIKE = "empty_like full_like ones_like rand_like randn_like zeros_like".split()
 METHODS = "new_empty new_full new_ones new_tensor new_zeros".split()
 HALVES = torch.bfloat16, torch.float16
@@ -110,7 +111,8 @@ class CUDAGraph:
         self.tape.__exit__(None, None, None)
         CUDAGraph.underway = None
         if sys.exc_info()[0]:
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            raise RuntimeError("CUDA error: operation failed due to a previous error during"
+                               " capture")
         self.captured = True
 
     def pool(self):

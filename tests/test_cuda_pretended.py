@@ -1,5 +1,6 @@
-"""Proves, without a GPU, that every line that only a GPU reaches can run: each statement that asks for
-CUDA is executed, on fake CUDA tensors or under a pretended CUDA, or the reason why not is below."""
+"""Proves, without a GPU, that every line that only a GPU reaches can run: each statement that asks
+for CUDA is executed, on fake CUDA tensors or under a pretended CUDA, or the reason why not is
+below."""
 
 import json
 import shutil
@@ -14,7 +15,8 @@ from conftest import CUDA, HELD, ROOT, begin
 PRETENDED = "tests/pretended_cuda.py -m pytest -q -m gpu --show-capture=no"
 AGAIN = "plan or resume or reuse or alike or wait or captured"  # these reach no other lines
 RUNS = {  # arguments of python, and whether the lines that they reach are recorded
-    "lines of the gpu tests": (True, [*PRETENDED.split(), "tests/test_gpu.py", "-k", f"not ({AGAIN})"]),
+    "lines of the gpu tests": (True, [*PRETENDED.split(), "tests/test_gpu.py",
+                                      "-k", f"not ({AGAIN})"]),
     "other gpu tests": (False, [*PRETENDED.split(), "tests/test_gpu.py", "-k", AGAIN]),
     "benchmarks": (True, [*PRETENDED.split(), "tests/benchmarks"]),
     "fake tensors": (True, ["tests/fake_cuda.py"]),
@@ -67,7 +69,8 @@ def reached_lines() -> dict[str, set[int]]:
     return found
 
 
-needs_no_gpu = pytest.mark.skipif(CUDA(), reason="there is a GPU: pytest -m gpu runs the same on it")
+needs_no_gpu = pytest.mark.skipif(
+    CUDA(), reason="there is a GPU: pytest -m gpu runs the same on it")
 
 
 @needs_no_gpu
@@ -95,7 +98,8 @@ def test_every_line_that_asks_for_cuda_is_reached():
 
 
 def test_reasons_are_those_of_the_code():
-    asking = {str(one) for one in cuda_lines.statements(cuda_lines.sources()) if one.place == "cuda"}
+    statements = cuda_lines.statements(cuda_lines.sources())
+    asking = {str(one) for one in statements if one.place == "cuda"}
     assert UNREACHED.keys() <= asking
 
 

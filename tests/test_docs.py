@@ -1,4 +1,5 @@
-"""Proves that README and docs/ show what is there: the loop, commands that parse, links, no gaps."""
+"""Proves that README and docs/ show what is there: the loop, commands that parse, links, no
+gaps."""
 
 import re
 import shlex

@@ -155,13 +155,14 @@ def test_temperature_is_1_whatever_the_run_was_trained_at(run, tmp_path):
 
 def sample(said, logp_y=-1.0, kl=0.0, right=False, z_len=3, finished=True, z="2 + 2 = 4."):
     return dict(said=said, right=right, logp_y=logp_y, logp_z=kl - 5, logp0_z=-5.0, z_len=z_len,
-                finished=finished, eos=False, z=z, actions=z_len + 3, reward=logp_y, reaches="4" in z,
-                template=-0.5, answer=logp_y + 0.1, end=-0.1)
+                finished=finished, eos=False, z=z, actions=z_len + 3, reward=logp_y,
+                reaches="4" in z, template=-0.5, answer=logp_y + 0.1, end=-0.1)
 
 
 def record(said, samples, gold="4", text="", right=False):
     return dict(question="?", gold=gold, options=[], said=said,
-                text=text or f"The answer is {said}.", right=right, direct=dict(template=-9.0, answer=-2.0, end=-0.5), samples=samples)
+                text=text or f"The answer is {said}.", right=right,
+                direct=dict(template=-9.0, answer=-2.0, end=-0.5), samples=samples)
 
 
 def test_columns():
@@ -205,7 +206,8 @@ def test_prompts_are_those_of_the_run(tmp_path, monkeypatch):
                 out=tmp_path / "run")
     asked = []
     encode = grading.encode
-    monkeypatch.setattr(grading, "encode", lambda codec, *a: asked.append(codec) or encode(codec, *a))
+    monkeypatch.setattr(grading, "encode",
+                        lambda codec, *a: asked.append(codec) or encode(codec, *a))
     found = grade(run, tmp_path / "a", "--split", "train")
     assert [r["question"] for r in found["rows"]["base"]] == [row["question"] for row in rows[1:]]
     for _ in range(2):

@@ -1,4 +1,5 @@
-"""Proves that imports run one way, and that rank and world size are named in one file."""
+"""Proves that imports run one way, that rank and world size are named in one file, and that
+functions and lines are short."""
 
 import ast
 import re
@@ -61,3 +62,18 @@ def test_every_function_fits_a_screen(path):
         if isinstance(node, ast.FunctionDef):
             length = node.end_lineno - node.lineno + 1
             assert length <= (75 if node.name == "train" else 60), (node.name, length)
+
+
+def test_lines_are_short():
+    """100 characters of code; 118 of prose, where tables and shown output may be longer."""
+    folders = *ROOMS, "toy", "tests"
+    sources = {path for folder in folders
+               for path in [*(ROOT / folder).rglob("*.py"), *ROOT.glob(f"{folder}.py")]}
+    long = [(path.name, i) for path in sources
+            for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        prose = re.sub(r"```.*?```", lambda shown: "\n" * shown[0].count("\n"), page.read_text(),
+                       flags=re.DOTALL)
+        long += [(page.name, i) for i, line in enumerate(prose.splitlines(), 1)
+                 if len(line) > 118 and not line.startswith("|")]
+    assert not long

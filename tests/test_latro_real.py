@@ -82,8 +82,8 @@ def test_arc_challenge(model, tmp_path):
 
 
 def test_a_gold_rationale_makes_the_answer_likelier(model):
-    """What LaTRO relies on, the paper's figure 2: log p(y|x+z) against log p(y|x), both by the tree.
-    The tree's number equals that of plain transformers on the whole text."""
+    """What LaTRO relies on, the paper's figure 2: log p(y|x+z) against log p(y|x), both by the
+    tree. The tree's number equals that of plain transformers on the whole text."""
     args = latro.parse(["--model", str(model), "--task", "gsm8k", "--data", str(data_dir("gsm8k"))])
     codec, examples, _ = data.load_datasets(args)
     policy = latro.load_model(args, distributed.init_distributed(), torch.float32,

@@ -37,8 +37,8 @@ def test_rows(split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_rationales(split):
-    """None where SFT would learn it. Else one equation per step, each right, each starting where the
-    last one ended, up to the answer."""
+    """None where SFT would learn it. Else one equation per step, each right, each starting where
+    the last one ended, up to the answer."""
     for row in SPLITS[split]:
         assert ("rationale" in row) == (split != "train")
         if split == "train":

@@ -404,7 +404,8 @@ LAST = 1 - 2**-53  # the largest float64 below 1
 
 @pytest.mark.parametrize("p, u, tokens", [
     ([0.25, 0.5, 0.25], [0, 0.24, 0.26, 0.74, 0.76, LAST], [0, 0, 1, 1, 2, 2]),
-    ([0, 0.5, 0, 0, 0.5, 0], [0, 0.49, 0.51, LAST], [1, 1, 4, 4]),  # tokens of probability 0 are never drawn
+    # tokens of probability 0 are never drawn
+    ([0, 0.5, 0, 0, 0.5, 0], [0, 0.49, 0.51, LAST], [1, 1, 4, 4]),
     ([0, 0, 1, 0], [0, 0.5, LAST], [2, 2, 2]),
     ([1, 1e-12], [0, 1 - 1.1e-12, 1 - 0.9e-12, LAST], [0, 0, 1, 1]),  # finer than float32
     ([1e-12, 1], [0, 0.9e-12, 1.1e-12, LAST], [0, 0, 1, 1]),

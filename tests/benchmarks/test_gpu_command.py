@@ -1,5 +1,5 @@
-"""Proves that the minutes of a GPU are not lost: `python -m benchmarks gpu` passes over what fails or
-hangs, keeps every result, and goes on where it stopped."""
+"""Proves that the minutes of a GPU are not lost: `python -m benchmarks gpu` passes over what fails
+or hangs, keeps every result, and goes on where it stopped."""
 
 import json
 import os
@@ -43,7 +43,8 @@ LOOP = "--questions 2 --K 3 --L 12 --rounds 1"
 SMALLER = {  # what makes each part quick; of two equal options the last one counts
     "tests": "-k test_memory_of_token_logprobs", "tune": "--tokens 64 --rounds 1 --only ours",
     "logprob": "--tokens 64 --rounds 1 --only ours plain", "score": "--rounds 1 --only reference",
-    "decode": LOOP, "update": f"{LOOP} --only ours released", "rollout": f"{LOOP} --only ours generate",
+    "decode": LOOP, "update": f"{LOOP} --only ours released",
+    "rollout": f"{LOOP} --only ours generate",
     "toy": " ".join(["--steps 1", *TINY])}
 if PRETENDED:  # where each process takes seconds to start; other tests run these parts in theirs
     SMALLER = {name: SMALLER[name] for name in ("tests", "tune", "toy")}
@@ -79,7 +80,8 @@ def test_a_part_that_hangs_is_stopped_with_all_that_it_started(run):
     child = "import os, subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', " \
             "'import time; time.sleep(600)']); print(p.pid, flush=True); time.sleep(600)"
     code, rows = run(gpu.Part("a", f'-c "{child}"', 2 / 60), gpu.Part("b", "-c ''", 1))
-    assert code == 1 and rows["a"]["status"] == "stopped after 2 s" and rows["b"]["status"] == "done"
+    assert code == 1 and rows["a"]["status"] == "stopped after 2 s"
+    assert rows["b"]["status"] == "done"
     pid = int(rows["a"]["output"])
     for _ in range(50):
         time.sleep(0.1)

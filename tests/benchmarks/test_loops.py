@@ -269,8 +269,9 @@ class Trainer:
         eos = self.tokenizer.eos_token_id
         ids = self.tokenizer([row["prompt"] for row in rows], padding=True, padding_side="left",
                              return_tensors="pt", return_token_type_ids=False)
-        out = self.model.generate(**ids.to(self.model.device), max_new_tokens=self.args.max_completion_length,
-                                  do_sample=True, eos_token_id=eos)
+        limit = self.args.max_completion_length
+        out = self.model.generate(**ids.to(self.model.device), max_new_tokens=limit, do_sample=True,
+                                  eos_token_id=eos)
         completions = [z[:z.index(eos) + 1] if eos in z else z
                        for z in out[:, ids["input_ids"].shape[1]:].tolist()]
         assert len(self.reward(completion_ids=completions, prompts=rows)) == len(rows)

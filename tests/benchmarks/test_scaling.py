@@ -1,5 +1,5 @@
-"""Proves that the candidates of `python -m benchmarks scaling` compute the same gradient, and that the
-memory it measures is that of the update."""
+"""Proves that the candidates of `python -m benchmarks scaling` compute the same gradient, and that
+the memory it measures is that of the update."""
 
 import json
 

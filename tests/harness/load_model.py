@@ -24,7 +24,8 @@ def tokens(tokenizer) -> dict:
     """What a tokenizer makes of a text and of a chat."""
     given = tokenizer(TEXT)
     chat = tokenizer.chat_template and tokenizer.apply_chat_template(CHAT, return_dict=True)
-    return dict(ids=given["input_ids"], names=sorted(given), text=tokenizer.decode(given["input_ids"]),
+    ids = given["input_ids"]
+    return dict(ids=ids, names=sorted(given), text=tokenizer.decode(ids),
                 chat=chat and chat["input_ids"], special=sorted(tokenizer.all_special_ids),
                 padding=tokenizer.padding_side, n=len(tokenizer))
 

@@ -150,7 +150,8 @@ def test_a_template_that_leaves_the_system_turn_out():
                           "{% for m in messages if m['role'] != 'system' %}")
     with pytest.raises(errors.UserError, match="leaves --system out; put it into --prompt"):
         Codec(tokenizer_of_bytes(silent), [2], system="Be brief.")
-    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    refuses = ("{% if messages[0]['role'] == 'system' %}"
+               "{{ raise_exception('no system') }}{% endif %}")
     with pytest.raises(errors.UserError, match="no system.*leave out --system"):
         Codec(tokenizer_of_bytes(refuses + CHAT), [2], system="Be brief.")
 

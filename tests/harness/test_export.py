@@ -46,7 +46,8 @@ def read(folder, name="config.json"):
 
 
 def save(policy, folder, tokenizer=None):
-    export_model(policy, policy.state_dict(), tokenizer or AutoTokenizer.from_pretrained(TOY), folder)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(TOY)
+    export_model(policy, policy.state_dict(), tokenizer, folder)
 
 
 def assert_same(found, expected):
@@ -221,7 +222,8 @@ MODELS = {
     "llama, dynamic": (
         LlamaConfig(**SMALL | dict(max_position_embeddings=32),
                     rope_scaling=dict(type="dynamic", factor=2.0)),
-        dict(rope_theta=10000.0, rope_scaling=dict(type="dynamic", rope_type="dynamic", factor=2.0))),
+        dict(rope_theta=10000.0,
+             rope_scaling=dict(type="dynamic", rope_type="dynamic", factor=2.0))),
     "llama, longrope": (
         LlamaConfig(**SMALL, rope_parameters=EIGHT | dict(
             rope_type="longrope", factor=8.0, original_max_position_embeddings=32)),
