@@ -215,19 +215,19 @@ def columns(row: dict) -> dict[str, float | None]:
         "r ~ right": known["reward_right"], "entropy": known["entropy"], "unique": known["unique"]}
 
 
-def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
-    """By row of the table: its estimates, and the differences from the first row.
+def compare(values: dict[str, list[dict]]) -> dict[str, dict]:
+    """By row of the table: its estimates, and the differences from the first row. `values`: of each
+    question, its `columns`.
 
     Raises UserError for a log-prob that is not a number, which would spoil the means or be left out
     of them."""
-    values = {name: [columns(r) for r in done] for name, done in rows.items()}
     for name, of in values.items():
         for i, row in enumerate(of, 1):
             if broken := [c for c, v in row.items() if v is not None and math.isnan(v)]:
                 raise UserError(f"{name}, question {i}: {broken[0]} is not a number; the model's"
                                 " weights are broken, leave it out or name an earlier checkpoint")
     numbers = {name: np.array([[*v.values()] for v in of], float) for name, of in values.items()}
-    first, *_ = rows
+    first, *_ = values
     names = [*values[first][0]]
 
     def result(name: str) -> dict:
@@ -235,9 +235,14 @@ def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
         if name == first:
             return dict(columns=own)
         gain = dict(zip(names, gains(numbers[name], numbers[first])))
-        before, after = ([r["right"] for r in rows[n]] for n in (first, name))
+        before, after = ([v["greedy"] for v in values[n]] for n in (first, name))
         return dict(columns=own, gain=gain, mcnemar=mcnemar(before, after))
-    return {name: result(name) for name in rows}
+    return {name: result(name) for name in values}
+
+
+def results(rows: dict[str, list[dict]]) -> dict[str, dict]:
+    """`compare` for the records of every row."""
+    return compare({name: [columns(r) for r in done] for name, done in rows.items()})
 
 
 # ------------------------------------------------------------------------------ 4. figures
@@ -329,9 +334,10 @@ def models_by_row(flags: argparse.Namespace, base: str) -> dict[str, str]:
     return dict(models)
 
 
-def grade(flags: argparse.Namespace, args: latro.Args) -> dict[str, list[dict]]:
-    """The records of every row."""
-    models, device = models_by_row(flags, args.model), init_distributed(args.timeout)
+def grade(models: dict[str, str], flags: argparse.Namespace,
+          args: latro.Args) -> dict[str, list[dict]]:
+    """The records of every row, from the model of each."""
+    device = init_distributed(args.timeout)
     for model in models.values():  # all are checked before the first is graded
         load_config(dataclasses.replace(args, model=model))
     # The prompts of training: another --base may have another chat template.
@@ -377,7 +383,7 @@ def publish(rows: dict[str, list[dict]], flags: argparse.Namespace, args: latro.
 def run(argv: list[str]) -> None:
     flags = parse(argv)
     figures, args = load_figures() if flags.figures else None, settings(flags)
-    rows = grade(flags, args)
+    rows = grade(models_by_row(flags, args.model), flags, args)
     if is_main_process():
         publish(rows, flags, args, shlex.join(["eval.py", *argv]), figures)
 

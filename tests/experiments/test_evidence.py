@@ -2,8 +2,8 @@
 
 import json
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,7 +57,8 @@ def in_process(monkeypatch):
         for command in commands:
             run(command)
     monkeypatch.setattr(evidence, "run_all", run_all)
-    monkeypatch.setattr(real_model, "run_until", lambda deadline, command: run(command))
+    monkeypatch.setattr(real_model, "subprocess", SimpleNamespace(
+        run=lambda command: SimpleNamespace(returncode=run(command))))
     return started
 
 
@@ -110,39 +111,49 @@ def gsm8k(folder):
 
 @pytest.mark.slow
 def test_real_model(in_process, tmp_path, monkeypatch, capsys):
-    """It trains every arm from the warm-up, and writes the table. A second call does nothing."""
-    runs = tmp_path / "runs"
-    flags = ("--model", TOY, "--data", gsm8k(tmp_path / "data"), "--runs", runs,
-             *"--updates 2 --warm-up 1 --every 1 --graded 3 --k 2 --batch 2 --held-out 2".split(),
-             *"-- --questions 2 --K 2 --L 16".split())
+    """It trains and grades every arm, and makes the table from what it keeps. A second call trains
+    and grades nothing."""
+    runs, out = tmp_path / "runs", tmp_path / "kept"
+    flags = ("--model", TOY, "--data", gsm8k(tmp_path / "data"), "--runs", runs, "--out", out,
+             *"--updates 2 --every 1 --graded 3 --k 2 --batch 2".split(),
+             *"-- --K 2 --L 16 --eval-questions 2".split())
     monkeypatch.setattr(sys, "argv", ["real_model.py", *map(str, flags)])
     real_model.main()
-    text = (runs / "graded/eval.md").read_text()
+    text = (out / "table.md").read_text()
     names = [line.split(" | ")[0].strip("| ") for line in text.splitlines()]
     assert text in capsys.readouterr().out
-    assert names[2:7] == ["base", "sft", "warm_up", "latro", "shuffled"]
-    for name, steps in dict(warm_up=1, sft=2, latro=2, shuffled=2).items():
-        assert len(rows(runs / name)) == steps
-        before = json.loads((runs / name / "latro.json").read_text())["base"]
-        assert before == str(TOY if name == "warm_up" else runs / "warm_up")
+    assert names[2:6] == ["base", "latro", "sft", "shuffled"]
+    assert text.count("McNemar") == 3 and (out / "learning.png").stat().st_size > 10_000
     first, second = (rows(runs / name, "samples")[1] for name in ("latro", "shuffled"))
     assert first["samples"][0]["z"] == second["samples"][0]["z"]  # the same model, before update 1
-    started = len(in_process)
+    for name in ("latro", "sft", "shuffled"):
+        kept = json.loads((out / f"{name}.json").read_text())
+        assert [row["step"] for row in kept["log"]] == [1, 2] and len(kept["questions"]) == 3
+        assert len(rows(runs / name)) == 2
+    started, graded = len(in_process), monkeypatch.setattr(real_model, "grade", None)
     real_model.main()
-    assert len(in_process) == started
+    assert len(in_process) == started == 3 and graded is None
 
 
-def test_a_slice_ends_in_time(tmp_path):
-    """The deadline ends the command, and the exit code is MORE."""
-    sleeper = tmp_path / "sleeper.py"
-    sleeper.write_text("import time\ntime.sleep(60)\n")
-    start = time.monotonic()
-    with pytest.raises(SystemExit) as stop:
-        real_model.run_until(start + 1, [sleeper])
-    assert stop.value.code == real_model.MORE and time.monotonic() - start < 30
+def test_what_is_graded_is_what_eval_grades(in_process, tmp_path, monkeypatch):
+    """The columns of an arm are those of eval.py for the same run, question by question."""
+    data, run = gsm8k(tmp_path / "data"), tmp_path / "runs" / "latro"
+    flags = ["--model", TOY, "--data", data, "--updates", 1, "--graded", 3, "--k", 2, "--runs",
+             tmp_path / "runs", "--out", tmp_path / "kept", "--arms", "latro",
+             "--", "--K", 2, "--L", 16, "--eval-questions", 2]
+    monkeypatch.setattr(sys, "argv", ["real_model.py", *map(str, flags)])
+    real_model.main()
+    kept = json.loads((tmp_path / "kept/latro.json").read_text())["questions"]
+    assert grading.main(["--ckpt", str(run), "--k", "2", "--questions", "3"]) == 0
+    graded = json.loads((run / "eval/eval.json").read_text())["rows"]["latro"]
+    assert kept == [json.loads(json.dumps(grading.columns(row))) for row in graded]
 
 
-def test_a_failed_command_is_an_error(tmp_path):
-    """Its exit code is not mistaken for the end of a slice."""
-    with pytest.raises(SystemExit, match="failed"):
-        real_model.run_until(time.monotonic() + 60, [tmp_path / "nothing.py"])
+def test_an_arm_that_fails_keeps_its_run(monkeypatch, tmp_path):
+    """The message says how to continue."""
+    monkeypatch.setattr(real_model, "subprocess",
+                        SimpleNamespace(run=lambda command: SimpleNamespace(returncode=1)))
+    monkeypatch.setattr(sys, "argv", ["real_model.py", "--arms", "latro", "--out", str(tmp_path),
+                                      "--runs", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit, match="latro: not trained.*run the same command again"):
+        real_model.main()
