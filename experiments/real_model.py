@@ -3,7 +3,7 @@
     python experiments/real_model.py                              from the hub, until all is done
     python experiments/real_model.py --model qwen --data data/gsm8k
 
-One worked example in the prompt shows the format. The arms are trained one after another, and each
+Two worked examples in the prompt show the format. The arms are trained one after another, and each
 is graded on the same questions of the test split as soon as it is trained:
 
     base        the model as it is
@@ -41,7 +41,7 @@ from harness.metrics import environment  # noqa: E402
 from harness.report import markdown, verdict  # noqa: E402
 
 HUB = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
-FLAGS = ("--task gsm8k --shots 1 --questions 2 --K 8 --L 150 --lora-rank 8 --lr 5e-5 --warmup 5"
+FLAGS = ("--task gsm8k --shots 2 --questions 2 --K 8 --L 150 --lora-rank 8 --lr 5e-5 --warmup 5"
          " --eval-every 0 --eval-questions 8 --keep 1").split()
 ARMS = {  # script, and flags of its own; the base is not trained
     "base": None,
