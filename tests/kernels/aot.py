@@ -46,18 +46,22 @@ class StubDriver:
 def resources(compiled) -> dict:
     """Resources of a compiled kernel: registers per thread, bytes of stack and shared memory, and
     how often the instructions that matter occur."""
+    ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        usage, sass = (subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True,
-                                      check=True).stdout for flag in ("-res-usage", "-sass"))
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+
+        def dump(flag: str) -> str:
+            return subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True,
+                                  check=True).stdout
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)",
+                                              dump("-res-usage")).groups())
+        # To disassemble takes a second. Only kernels with matrix products have what is counted.
+        sass = dump("-sass") if "mma" in ptx else ""
     count = {name: len(re.findall(rf"\b{name}\b", sass)) for name in
              ("UTCHMMA", "HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "FFMA")}
-    # Allocating tensor memory on sm_100 sets bits atomically, whose order cannot show.
-    atomics = re.findall(r"\b(?:ATOM[GS]?|REDG?)\b(?!\.(?:OR|AND)\b)", sass)
     return dict(registers=registers, stack=stack, shared=compiled.metadata.shared,
-                f64=compiled.asm["ptx"].count(".f64"), atomics=len(atomics), **count)
+                f64=ptx.count(".f64"), atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)), **count)
 
 
 def launches():

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ import pytest
 import kernels
 from conftest import ROOT
 
-ASIDE = [folder for folder in os.environ.get("TRITON_ASIDE", "").split(os.pathsep) if folder]
+ASIDE = [folder for folder in os.environ.get("TRITON_ASIDE", "").split(os.pathsep)
+         if folder and not folder.endswith(f"triton-{version('triton')}")]  # that one is tested
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 TMA = 90, 100
 MAX_SHARED = {  # bytes per block, which the compiler does not check
