@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as states
 
 from .errors import UserError
 
 A, B, BASE = ".lora_A.default.", ".lora_B.default.", ".base_layer."  # in names of weights
+PREFIX = "base_model.model."  # of peft's names
 
 
 def add_adapters(model: nn.Module, args) -> None:
@@ -77,8 +79,18 @@ def merge(weights: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
 
 def save_adapter(policy: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     """Writes the adapters in peft's format: PeftModel.from_pretrained(base, folder) loads them."""
-    own = {"base_model.model." + name.replace(".default.", "."): weight.contiguous()
+    own = {PREFIX + name.replace(".default.", "."): weight.contiguous()
            for name, weight in weights.items() if A in name or B in name}
     folder.mkdir(parents=True)
     save_file(own, folder / "adapter_model.safetensors", metadata=dict(format="pt"))
     policy.peft_config["default"].save_pretrained(folder)
+
+
+def load_adapter(policy: nn.Module, folder: Path) -> None:
+    """Sets the adapters of a policy to those of `save_adapter`, of the same rank."""
+    file = Path(folder, "adapter_model.safetensors")
+    own = {name.removeprefix(PREFIX).replace(".weight", ".default.weight"): weight
+           for name, weight in load_file(file).items()}
+    options = states.StateDictOptions(full_state_dict=True, strict=False)
+    if states.set_model_state_dict(policy, own, options=options).unexpected_keys:
+        raise UserError(f"{file}: adapters of another model, or of other layers")
