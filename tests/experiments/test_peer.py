@@ -1,4 +1,4 @@
-"""Proves that the peers do the toy's job: the same rewards, gradients, questions and evaluations."""
+"""Proves that the peers do the same job: rewards, gradients, questions and evaluations agree."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from conftest import TINY, gradients, rows
 
 import latro
-from experiments import peer
+from experiments import peer, trainers
 from harness.data import load_datasets
 from harness.distributed import init_distributed
 
@@ -44,9 +44,9 @@ def test_a_rationale_ends_where_latro_ends_it(job):
     drawn, stops = samples(policy, codec, train_set[:4], 16), codec.stops.tolist()
     assert {reason for *_, reason in drawn} == {3, 0, -1}
     for ids, end, reason in drawn:
-        assert peer.where_z_ends(stops, codec.eos, ids) == (end, reason)
+        assert trainers.where_z_ends(stops, codec.eos, ids) == (end, reason)
         if reason:
-            assert peer.where_z_ends(stops, codec.eos, ids + [39, *ids]) == (end, reason)
+            assert trainers.where_z_ends(stops, codec.eos, ids + [39, *ids]) == (end, reason)
 
 
 def test_reward(job):
@@ -58,7 +58,7 @@ def test_reward(job):
                for one in drawn[8 * i:8 * i + 8]] for i, example in enumerate(batch)]
     expected = latro.score(policy, reference, batch, groups, args)[1].logp_y
     policy.set_attn_implementation("sdpa")
-    reward = peer.make_reward(policy, codec, args, train_set)
+    reward = trainers.make_reward(policy, codec, args, train_set)
     found = reward(completion_ids=[ids for ids, *_ in drawn], place=[i // 8 for i in range(32)])
     assert torch.allclose(torch.tensor(found), expected, rtol=0, atol=1e-4)
     assert expected.std() > 1
@@ -77,8 +77,8 @@ def test_trl_has_the_gradient_of_latro_without_its_answer_term(job):
             found.append(([p.grad.clone() for p in model.parameters()],
                           optimizer.param_groups[0]["lr"]))
 
-    setting, record = dict(rows=2, cache="static"), peer.Record(args)
-    trainer = peer.trl_trainer(args, codec, batches, setting, record)
+    setting, record = dict(rows=2, cache="static"), trainers.Record(args)
+    trainer = trainers.trl_trainer(args, codec, batches, setting, record)
     [reward] = trainer.reward_funcs
 
     def recording_reward(**columns):
@@ -88,7 +88,7 @@ def test_trl_has_the_gradient_of_latro_without_its_answer_term(job):
     trainer.add_callback(Look())
     trainer.train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
-    finish = peer.make_finish(codec, args)
+    finish = trainers.make_finish(codec, args)
     for step, (batch, columns, (gradient, lr)) in enumerate(zip(batches, seen, found, strict=True)):
         assert columns["place"] == [2 * step, 2 * step, 2 * step + 1, 2 * step + 1]
         assert columns["prompts"] == [codec.prompt(e.question) for e in batch for _ in range(2)]
@@ -113,7 +113,7 @@ def test_trl_has_the_gradient_of_latro_without_its_answer_term(job):
 def test_the_released_procedure(job):
     """Every row decodes L tokens, and z is cut from it; the learning rate is that of the update."""
     args, codec, train_set, *_ = job
-    loop, batch = peer.ReleasedUpdate(peer.Job(args, codec)), train_set[:2]
+    loop, batch = trainers.ReleasedUpdate(trainers.Job(args, codec)), train_set[:2]
     loop.work.batch = batch
     drawn = loop.sample(use_uniform=False)
     assert [len(ids) for ids in drawn] == [24] * 4
@@ -129,6 +129,20 @@ def test_the_released_procedure(job):
 def test_seconds_to_reach(values, seconds):
     times = [10.0 * i for i in range(len(values))]
     assert peer.seconds_to_reach(times, values, 0.95) == pytest.approx(seconds)
+
+
+def test_table():
+    """Ranges over seeds. A ratio compares runs of the same seed, and needs a time other than 0."""
+    def run(total, *greedy):
+        return dict(seconds=[0.0, total / 2, total], greedy=[*greedy], sampled=[0.9, 0.5, 0.8],
+                    logp_y=[-3.0, -2.0, -0.25])
+    text = peer.table({peer.OURS: [run(10.0, 0, 0.5, 1.0), run(20.0, 0, 0.5, 1.0)],
+                       peer.TRL: [run(30.0, 0, 1.0, 1.0), run(40.0, 0, 0, 1.0)]})
+    heads, _, ours, other = [line[2:-2].split(" | ") for line in text.splitlines()]
+    assert len(heads) == len(ours)
+    assert ours == ["LaTRO", "2", "1.000", "0.800", "-0.25", "10.0 to 20.0", "1.00", "9.5 to 19.0",
+                    "1.00", "0.0", "-"]
+    assert other[5:] == ["30.0 to 40.0", "2.00 to 3.00", "14.2 to 39.0", "1.50 to 2.05", "0.0", "-"]
 
 
 def run_in_this_process(threads, function, *args):
@@ -152,9 +166,13 @@ def command(tmp_path, monkeypatch):
 
 
 @needs_trl
+@pytest.mark.slow
 def test_command(command, monkeypatch):
-    """It writes the record, the table and the figure. All are evaluated alike, and finished runs
-    are kept."""
+    """It writes the record, the table and the figure. All trainers are evaluated alike. A second
+    call runs nothing; a run that was stopped begins anew."""
+    stopped = command / "runs" / "TRL_RLOOTrainer.0"
+    stopped.mkdir(parents=True)
+    (stopped / "metrics.jsonl").write_text('{"step": 7, "seconds": {"update": 1.0}}\n')
     peer.main()
     ours, *peers = [command / "runs" / f"{name}.0" for name in (
         "LaTRO", "TRL_RLOOTrainer", "released_procedure")]
@@ -170,19 +188,10 @@ def test_command(command, monkeypatch):
         assert curve["seconds"] == pytest.approx([0, first, first + second])
     heads, _, *lines = (command / "peer.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in peer.SETTINGS]
-    assert lines[0].count(" 1.00 |") == 3 and heads.count("x LaTRO") == 3
+    assert lines[0].count(" 1.00 |") >= 1 and heads.count("x LaTRO") == 3
     assert (command / "peer.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(peer, "in_new_process", None)
     peer.main()
-
-
-@needs_trl
-def test_an_unfinished_run_begins_anew(command):
-    stopped = command / "runs" / "TRL_RLOOTrainer.0"
-    stopped.mkdir(parents=True)
-    (stopped / "metrics.jsonl").write_text('{"step": 1, "seconds": {"update": 1000.0}}\n')
-    peer.main()
-    assert max(peer.seconds_of_updates(stopped)) < 1000
 
 
 def test_without_trl(command, monkeypatch):
