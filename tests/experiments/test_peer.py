@@ -15,7 +15,7 @@ from experiments import peer, trainers
 from harness.data import load_datasets
 from harness.distributed import init_distributed
 
-SMALL = [*TINY, *"--questions 2 --K 2 --L 24 --steps 2 --eval-questions 3".split()]
+SMALL = [*TINY, *"--questions 2 --K 2 --L 16 --steps 2 --eval-questions 3".split()]
 needs_trl = pytest.mark.skipif(not find_spec("trl"), reason="not installed: trl")
 
 
@@ -27,6 +27,12 @@ def job(tmp_path):
     codec, train_set, _ = load_datasets(args)
     yield args, codec, train_set, *latro.load_policies(args, init_distributed())
     dist.destroy_process_group()
+
+
+def distance(found, expected):
+    """Of two lists of tensors, relative to the second."""
+    apart = sum(float((a - b).norm()) ** 2 for a, b in zip(found, expected, strict=True))
+    return (apart / sum(float(b.norm()) ** 2 for b in expected)) ** 0.5
 
 
 def samples(policy, codec, batch, L):
@@ -65,11 +71,13 @@ def test_reward(job):
 
 
 @needs_trl
-def test_trl_has_the_gradient_of_latro_without_its_answer_term(job):
-    """Of both updates, after clipping. So its advantages, KL, loss, learning rate and order of
-    questions are those of latro.py."""
+@pytest.mark.parametrize("grad_clip", [1.0, 1e6])
+def test_trl_has_the_gradient_of_latro_without_its_answer_term(job, grad_clip):
+    """In both updates, with clipping and without. So its advantages, KL, loss, learning rate and
+    order of questions are those of latro.py."""
     from transformers import TrainerCallback
     args, codec, train_set, policy, reference = job
+    args.grad_clip = grad_clip
     batches, seen, found = [latro.draw_batch(train_set, step, args) for step in (0, 1)], [], []
 
     class Look(TrainerCallback):
@@ -98,29 +106,36 @@ def test_trl_has_the_gradient_of_latro_without_its_answer_term(job):
         logp, scores = latro.score(policy, reference, batch, groups, args)
         (-(scores.token_weights * logp).sum()).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
-        assert lr == pytest.approx(latro.learning_rate(step, args))
-        distance = sum(float((a - b).norm() ** 2) for a, b in zip(gradient, gradients(policy)))
-        assert distance ** 0.5 < 1e-3  # the gradient's own norm is 1
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-    moved, apart = ((sum(float((w - other[k]).norm() ** 2) for k, w in record.weights[2].items())
-                     ** 0.5 for other in (reference.state_dict(), policy.state_dict())))
-    print(moved, apart, distance ** .5)
-    assert apart < 0.02 * moved
+        assert distance(gradient, gradients(policy)) < 1e-3
+        assert latro.optimizer_step(policy, optimizer, step, args)[1] == pytest.approx(lr)
+    assert max(len(ids) for columns in seen for ids in columns["completion_ids"]) == args.L
+    ours, theirs, base = (torch.cat([w.flatten() for w in weights.values()]) for weights in (
+        policy.state_dict(), record.weights[2], reference.state_dict()))
+    assert distance([theirs - base], [ours - base]) < 0.02
 
 
-def test_the_released_procedure(job):
-    """Every row decodes L tokens, and z is cut from it; the learning rate is that of the update."""
+def test_the_released_procedure(job, monkeypatch):
+    """Every row decodes L tokens, also after EOS; z is cut from them. Updates follow the schedule
+    of latro.py."""
     args, codec, train_set, *_ = job
-    loop, batch = trainers.ReleasedUpdate(trainers.Job(args, codec)), train_set[:2]
-    loop.work.batch = batch
+    args.L, steps, optimizer_step = 48, [], latro.optimizer_step
+    loop = trainers.ReleasedUpdate(trainers.Job(args, codec))
+    loop.work.batch = train_set[:2]
     drawn = loop.sample(use_uniform=False)
-    assert [len(ids) for ids in drawn] == [24] * 4
-    assert [x for x in map(len, (r.actions for g in loop.work.finish(drawn) for r in g))] < [24] * 4
-    seconds = loop.update(1, batch)
-    assert min(seconds.values()) > 0
-    assert loop.work.optimizer.param_groups[0]["lr"] == latro.learning_rate(1, args)
+    groups = loop.work.finish(drawn)
+    assert [len(ids) for ids in drawn] == [48] * 4
+    assert any(any(ids[ids.index(codec.eos[0]) + 1:]) for ids in drawn if codec.eos[0] in ids)
+    assert all(one.ids == ids and len(one.actions) < 48
+               for one, ids in zip(sum(groups, []), drawn, strict=True))
+
+    def recording_step(policy, optimizer, step, args):
+        steps.append(step)
+        return optimizer_step(policy, optimizer, step, args)
+    monkeypatch.setattr(latro, "optimizer_step", recording_step)
+    batches, record = [train_set[:2], train_set[2:4]], trainers.Record(args)
+    trainers.train_released(args, codec, batches, {}, record)
+    assert steps == [0, 1] and [*record.weights] == [2]
+    assert all(min(seconds.values()) > 0 for seconds in record.seconds)
 
 
 @pytest.mark.parametrize("values, seconds", [
