@@ -86,7 +86,8 @@ def train(name: str, setting: dict, flags: list[str]) -> None:
 
 
 def in_new_process(threads: int, function: Callable, *args) -> None:
-    with (patch.dict(os.environ, OMP_NUM_THREADS=str(threads)),
+    """Calls function(*args) on CPU threads."""
+    with (patch.dict(os.environ, OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES=""),
           ProcessPoolExecutor(1, get_context("spawn")) as process):
         process.submit(function, *args).result()
 
@@ -188,6 +189,8 @@ def main() -> None:
     args = parser.parse_args()
     if not find_spec("trl"):
         raise SystemExit('TRL is not installed here: pip install "trl==1.16.*"')
+    for folder in (args.out, args.pictures):
+        folder.mkdir(parents=True, exist_ok=True)
     flags = ["--eval-every", "5", *args.flags]
     probes = {name: probe(name, args.runs, flags) for name in SETTINGS}
     curves = {name: [] for name in SETTINGS}
