@@ -55,8 +55,8 @@ OURS, (TRL, RELEASED) = "LaTRO", trainers.TRAIN
 # threads: of the process. rows: of a forward pass, of questions x K in all. cache: of `generate`.
 SETTINGS = {
     OURS: [dict(threads=n) for n in (1, 2)],
-    TRL: [dict(threads=n, rows=rows, cache=cache)
-          for n, rows, cache in product((1, 2), (16, 32, 128), ("dynamic", "static"))],
+    TRL: [dict(threads=n, rows=rows, cache=cache, attention=attention) for n, rows, cache, attention
+          in product((1, 2), (32, 128), ("dynamic", "static"), ("sdpa", "eager"))],
     RELEASED: [dict(threads=n) for n in (1, 2)]}
 PROBE = "--steps 6 --eval-every 0 --eval-questions 1".split()
 REACHED = 0.95  # of a run's final accuracy

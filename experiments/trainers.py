@@ -103,7 +103,8 @@ def trl_trainer(args: Args, codec, batches: list[list[Example]], setting: dict, 
     precision, logs, checkpoints or worker processes."""
     trl, datasets = import_module("trl"), import_module("datasets")
     examples, N = [example for batch in batches for example in batch], args.questions * args.K
-    policy = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    policy = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.float32, attn_implementation=setting["attention"])
     policy.generation_config.eos_token_id = [*codec.eos, codec.template_after_z[-1]]
     settings = trl.RLOOConfig(
         output_dir=args.out, seed=args.seed, max_steps=args.steps, num_generations=args.K,

@@ -85,7 +85,7 @@ def test_trl_has_the_gradient_of_latro_without_its_answer_term(job, grad_clip):
             found.append(([p.grad.clone() for p in model.parameters()],
                           optimizer.param_groups[0]["lr"]))
 
-    setting, record = dict(rows=2, cache="static"), trainers.Record(args)
+    setting, record = dict(rows=2, cache="static", attention="eager"), trainers.Record(args)
     trainer = trainers.trl_trainer(args, codec, batches, setting, record)
     [reward] = trainer.reward_funcs
 
@@ -172,7 +172,8 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(peer, "in_new_process", run_in_this_process)
     monkeypatch.setattr(peer, "PROBE", ["--steps", "2", "--eval-every", "0"])
     monkeypatch.setattr(peer, "SETTINGS", {
-        peer.OURS: [dict(threads=1)], peer.TRL: [dict(threads=1, rows=4, cache="dynamic")],
+        peer.OURS: [dict(threads=1)],
+        peer.TRL: [dict(threads=1, rows=4, cache="dynamic", attention="sdpa")],
         peer.RELEASED: [dict(threads=1), dict(threads=2)]})
     monkeypatch.setattr(sys, "argv", [
         "peer.py", "--seeds", "1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path),
