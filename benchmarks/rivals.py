@@ -53,6 +53,9 @@ class Generate(Loop):
             max_new_tokens=work.args.L, do_sample=True, top_k=0, pad_token_id=0,
             eos_token_id=work.eos) | settings)
 
+    def processors(self, use_uniform: bool) -> list[transformers.LogitsProcessor]:
+        return [ForcedLengths(self.work, use_uniform)]
+
     def sample(self, use_uniform: bool) -> list[list[int]]:
         w = self.work
         prompts = [example.x for example in w.batch for _ in range(w.args.K)]
@@ -62,7 +65,7 @@ class Generate(Loop):
         with distributed.unsharded(w.policy):
             out = w.policy.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
                                     generation_config=self.config,
-                                    logits_processor=[ForcedLengths(w, use_uniform)])
+                                    logits_processor=self.processors(use_uniform))
         rows = out if torch.is_tensor(out) else out.sequences
         return w.cut_after_eos(rows[:, width:].tolist())
 

@@ -75,7 +75,8 @@ def test_commands(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["latro.py", "eval.py", "-m benchmarks", "toy/make.py",
-                                    "experiments/evidence.py", "experiments/real_model.py"])
+                                    "experiments/evidence.py", "experiments/peer.py",
+                                    "experiments/real_model.py"])
 def test_help(script):
     run = subprocess.run([sys.executable, *script.split(), "--help"], cwd=ROOT, text=True,
                          capture_output=True)
