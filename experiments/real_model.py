@@ -117,9 +117,11 @@ def table(arms: dict[str, dict], k: int) -> str:
 
 def draw(arms: dict[str, dict], png: Path) -> None:
     """What the samples of each update were like, and their mean over ten updates."""
+    logs = {name: arms[name]["log"] for name in ("latro", "shuffled") if name in arms}
+    if not logs:
+        return
     import numpy as np
     from harness.figures import STYLE, looks, name_rows, new, rc_context
-    logs = {name: arms[name]["log"] for name in ("latro", "shuffled") if name in arms}
     with rc_context(STYLE):
         figure, axes = new(5, 2, 2)
         for axis, (key, text) in zip(axes, LOGGED.items()):
