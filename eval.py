@@ -15,6 +15,8 @@ greedy, T = 1  accuracy of the greedy reply, and of one of k samples at --temper
 maj@k, pass@k  accuracy of the most frequent answer, the first of a tie; of any of them
 log p(y|x)     of the gold answer after the template, nats: without a rationale, with the data's
                own (gold), with that of another question, with a sampled one (z)
+log mean ...   log mean_k p(y|x+z), nats; per token: log p(y|x+z) of a token of y, whose perplexity
+               is exp(-per token)
 template ...   log p after a sampled rationale of the template, the gold answer, its end, nats
 ELBO, bound    E log p(y|x+z) - KL to the base; log mean_k p(y|x+z) pi_0(z|x) / pi(z|x), nats
 z, ends        length of the rationale in tokens; share that ended before L
@@ -182,11 +184,15 @@ def replies(name: str, model: str, load, reference, codec, examples: list[Exampl
 
 
 # ------------------------------------------------------------------------------ 3. the table
-def multi_sample_bound(samples: list[dict]) -> float:
-    """log mean_k pi(y|x+z) pi_0(z|x) / pi(z|x), nats."""
-    logs = np.array([s["logp_y"] - s["logp_z"] + s["logp0_z"] for s in samples])
+def log_mean_exp(logs: list[float]) -> float:
+    """The logarithm of a mean of probabilities, from their logarithms, nats."""
     with np.errstate(invalid="ignore"):  # inf - inf: `results` refuses it
         return float(np.logaddexp.reduce(logs) - math.log(len(logs)))
+
+
+def multi_sample_bound(samples: list[dict]) -> float:
+    """log mean_k pi(y|x+z) pi_0(z|x) / pi(z|x), nats."""
+    return log_mean_exp([s["logp_y"] - s["logp_z"] + s["logp0_z"] for s in samples])
 
 
 def follows(samples: list[dict], choices: list[str], gold: str) -> float | None:
@@ -209,6 +215,8 @@ def columns(row: dict) -> dict[str, float | None]:
         "sampled": float(np.mean(right)), "maj@k": same_answer(voted, gold), "pass@k": any(right),
         "log p(y|x)": answer_after("direct"), "log p(y|x+gold)": answer_after("given"),
         "log p(y|x+other)": answer_after("other"), "log p(y|x+z)": known["logp_y"],
+        "log mean p(y|x+z)": log_mean_exp([s["logp_y"] for s in samples]),
+        "per token": sum(s["logp_y"] for s in samples) / sum(s["answers"] for s in samples),
         "ELBO": known["elbo"], "bound": multi_sample_bound(samples),
         "z": known["z_len"], "ends": known["finished"], **{part: known[part] for part in PARTS},
         "reaches": known["reaches"], "follows": follows(samples, choices, gold),

@@ -2,6 +2,7 @@
 
     python toy/make.py --seed 1 --out runs/second    a second base, from another pretraining seed
     python experiments/evidence.py                   train the runs that are missing, grade, draw
+    python experiments/evidence.py --level hard      the same for the arms of the harder toy
 
 An arm is latro.py with some flags. In the controls its credit is broken on purpose. Each run is
 saved in {--runs}/{arm}.{seed}. --jobs runs train at a time, one thread each. Finished runs are not
@@ -10,6 +11,7 @@ trained again, and graded replies are kept. Tables go to --out, figures to --pic
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,10 +22,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from harness.checkpoint import atomic_write  # noqa: E402
+from harness.checkpoint import atomic_write, read_jsonl  # noqa: E402
 from harness.report import digits  # noqa: E402
 
-BASE, SECOND = ROOT / "toy/model", Path("runs/second/model")
+BASES = ROOT / "toy/model", Path("runs/second/model"), ROOT / "toy/hard/model"
+BASE, SECOND, HARD = BASES
 
 
 class Arm(NamedTuple):
@@ -31,6 +34,7 @@ class Arm(NamedTuple):
     flags: str = ""
     control: str = ""  # how the credit is broken: "zero" or "shuffled", see controls.py
     base: Path = BASE
+    data: Path = BASE.parent
 
 
 SFT = "--objective sft --lr 1e-3"
@@ -55,12 +59,52 @@ ARMS = {
     "LaTRO, second base": Arm(3, base=SECOND),
     "SFT, second base": Arm(1, f"{SFT} --warmup 5", base=SECOND),
 }
+HARD_FLAGS = {
+    "LaTRO": "",
+    "SFT": f"{SFT} --warmup 5",
+    "iwae bound": "--bound iwae",
+    "prob reward": "--reward prob",
+    "mean-prob reward": "--reward mean-prob",
+    "correct reward": "--reward correct",
+    "credit full": "--credit full",
+    "answer weight 0": "--answer-weight 0",
+    "answer weight 0.1": "--answer-weight 0.1",
+    "beta 0": "--beta 0",
+    "beta 0.5": "--beta 0.5",
+    "K 4": "--K 4",
+    "K 64": "--K 64",
+    "L 40": "--L 40",
+    "LoRA, rank 8": "--lora-rank 8 --lr 3e-3",
+    "A = 0": "",
+    "A shuffled": "",
+}
+CONTROLS = {"A = 0": "zero", "A shuffled": "shuffled"}
+HARD_ARMS = {name: Arm(3, f"{flags} --eval-every 5", CONTROLS.get(name, ""), HARD, HARD.parent)
+             for name, flags in HARD_FLAGS.items()}
 HEADS = {"sampled": "T = 1", "maj@k": "maj@8"}  # of columns of eval.py
-TABLES = {
-    "evidence": ("greedy", "sampled", "maj@k", "log p(y|x)", "log p(y|x+z)", "ELBO", "z"),
-    "diagnostics": ("template", "answer", "end", "ends", "reaches", "follows", "r ~ right",
-                    "entropy", "unique")}
-FIGURES = dict(k=32, questions=300, ckpt=["LaTRO", "L 28"], sft="SFT, 19 epochs")
+DIAGNOSTICS = ("template", "answer", "end", "ends", "reaches", "follows", "r ~ right", "entropy",
+               "unique")
+
+
+class Level(NamedTuple):
+    arms: dict[str, Arm]
+    tables: dict[str, tuple[str, ...]]  # the columns of each; the first names the record as well
+    figures: dict = {}  # what eval.py --figures draws
+    learning: tuple[str, ...] = ()  # arms of the figure of accuracy over updates
+
+
+LEVELS = {
+    "default": Level(ARMS, {
+        "evidence": ("greedy", "sampled", "maj@k", "log p(y|x)", "log p(y|x+z)", "ELBO", "z"),
+        "diagnostics": DIAGNOSTICS},
+        dict(k=32, questions=300, ckpt=["LaTRO", "L 28"], sft="SFT, 19 epochs")),
+    "hard": Level(HARD_ARMS, {
+        "hard": ("greedy", "sampled", "maj@k", "log p(y|x+z)", "log mean p(y|x+z)", "perplexity",
+                 "ELBO", "z"),
+        "hard_learning": ("greedy, 10", "greedy, 25", "T = 1, 10", "T = 1, 25", "seconds"),
+        "hard_diagnostics": DIAGNOSTICS},
+        learning=("LaTRO", "correct reward", "prob reward", "mean-prob reward", "K 4", "K 64")),
+}
 
 
 def run_dir(runs: Path, name: str, seed: int = 0) -> Path:
@@ -68,13 +112,12 @@ def run_dir(runs: Path, name: str, seed: int = 0) -> Path:
     return runs / f"{name.replace(',', '').replace(' ', '_')}.{seed}"
 
 
-def command(name: str, seed: int, out: Path) -> list:
+def command(arm: Arm, seed: int, out: Path) -> list:
     """The command that trains one run, or resumes it if it has a saved state."""
-    arm = ARMS[name]
     script = [ROOT / "experiments/controls.py", arm.control] if arm.control else [ROOT / "latro.py"]
     resume = ["--resume"] if (out / "latro.json").exists() else []
-    return [sys.executable, *script, "--task", "toy", "--model", arm.base, "--out", out,
-            "--seed", seed, *arm.flags.split(), *resume]
+    return [sys.executable, *script, "--task", "toy", "--data", arm.data, "--model", arm.base,
+            "--out", out, "--seed", seed, *arm.flags.split(), *resume]
 
 
 def run_all(commands: list[list], jobs: int) -> None:
@@ -101,13 +144,39 @@ def grade(out: Path, jobs: int, *flags) -> dict:
     return {key: value for key, value in graded.items() if key != "rows"}
 
 
+def logged(out: Path) -> dict:
+    """What a run logged: its held-out accuracy by update, and the seconds of all its updates."""
+    evals, metrics = (read_jsonl(out / f"{name}.jsonl") for name in ("evals", "metrics"))
+    return dict(seconds=sum(sum(row["seconds"].values()) for row in metrics),
+                **{key: [row[key] for row in evals] for key in ("step", "greedy", "sampled")})
+
+
+def means(result: dict) -> dict[str, float]:
+    """A run's value by column: the means over questions of eval.py, and what the run logged."""
+    found = {name: estimate[0] for name, estimate in result["columns"].items()}
+    found["perplexity"] = math.exp(-found["per token"])
+    if "logged" in result:
+        log = result["logged"]
+        found["seconds"] = log["seconds"]
+        for step, greedy, sampled in zip(log["step"], log["greedy"], log["sampled"]):
+            found |= {f"greedy, {step}": greedy, f"T = 1, {step}": sampled}
+    return found
+
+
+def number(column: str, value: float | None) -> str:
+    """A value as text; the columns that eval.py lacks have their own number of digits."""
+    places = {"perplexity": 2, "seconds": 0}.get(column)
+    return digits(column, value) if None in (places, value) else f"{value:.{places}f}"
+
+
 def table_row(name: str, columns: tuple[str, ...], seeds: list[dict]) -> str:
     """A row in Markdown: the means over questions of one seed, or their range over seeds."""
     cells = [name, str(len(seeds))]
     for column in columns:
-        means = [result["columns"][column][0] for result in seeds]
-        ends = digits(column, min(means)), digits(column, max(means))
-        cells.append(" to ".join(dict.fromkeys(ends)))  # one number if both ends look the same
+        values = [means(result).get(column) for result in seeds]
+        ends = [values[0]] if None in values else [min(values), max(values)]
+        # one number if both ends look the same
+        cells.append(" to ".join(dict.fromkeys(number(column, end) for end in ends)))
     return f"| {' | '.join(cells)} |\n"
 
 
@@ -118,7 +187,7 @@ def table(columns: tuple[str, ...], arms: dict[str, Arm], graded: dict[Path, dic
     text = f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n"
     for base, evaluation in graded.items():
         results = evaluation["results"]
-        text += table_row("base" if base == BASE else "second base", columns, [results["base"]])
+        text += table_row("second base" if base == SECOND else "base", columns, [results["base"]])
         for name, arm in arms.items():
             if arm.base == base:
                 seeds = [run_dir(runs, name, seed).name for seed in range(arm.seeds)]
@@ -126,51 +195,80 @@ def table(columns: tuple[str, ...], arms: dict[str, Arm], graded: dict[Path, dic
     return text
 
 
-def draw(runs: Path, jobs: int, out: Path) -> None:
-    """Draws the figures of eval.py for the runs in FIGURES into `out`."""
+def draw(runs: Path, jobs: int, out: Path, k: int, questions: int, ckpt: list, sft: str) -> None:
+    """Draws the figures of eval.py for seed 0 of these arms into `out`."""
     folder = runs / "figures"
-    grade(folder, jobs, "--figures", "--k", FIGURES["k"], "--questions", FIGURES["questions"],
-          "--sft", run_dir(runs, FIGURES["sft"]),
-          "--ckpt", *(run_dir(runs, name) for name in FIGURES["ckpt"]))
+    grade(folder, jobs, "--figures", "--k", k, "--questions", questions,
+          "--sft", run_dir(runs, sft), "--ckpt", *(run_dir(runs, name) for name in ckpt))
     for file in folder.glob("*.png"):
         (out / file.name).write_bytes(file.read_bytes())
 
 
-def main() -> None:
+def draw_learning(arms: dict[str, Arm], runs: Path, file: Path) -> None:
+    """Draws the held-out accuracy of these arms over updates."""
+    from harness import figures  # late: only this needs matplotlib
+    figures.draw_learning({name: [logged(run_dir(runs, name, seed)) for seed in range(arm.seeds)]
+                           for name, arm in arms.items()}, file)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--level", choices=LEVELS, default="default",
+                        help="of the toy, see toy/make.py (default: default)")
     parser.add_argument("--questions", type=int, default=1000,
                         help="graded questions of the test split; 0: all (default: 1000)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"),
-                        help="directory of the runs (default: runs/evidence)")
+    parser.add_argument("--runs", type=Path,
+                        help="directory of the runs (default: runs/evidence or runs/hard)")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments",
                         help="directory of the tables (default: experiments)")
     parser.add_argument("--pictures", type=Path, default=ROOT / "assets",
                         help="directory of the figures (default: assets)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS],
-                        help="arms to train and grade (default: all)")
+    parser.add_argument("--arms", nargs="+", help="arms to train and grade (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    args = parser.parse_args()
-    arms, graded = {name: ARMS[name] for name in args.arms}, {}
+    args = parser.parse_args(argv)
+    known = LEVELS[args.level].arms
+    args.arms = args.arms or [*known]
+    if unknown := [name for name in args.arms if name not in known]:
+        parser.error(f"--arms: {', '.join(unknown)}: choose from {', '.join(known)}")
+    args.runs = args.runs or Path("runs", "evidence" if args.level == "default" else args.level)
+    return args
+
+
+def train_and_grade(arms: dict[str, Arm], args: argparse.Namespace) -> dict[Path, dict]:
+    """eval.json by base, with what each run logged. Finished work is not done again."""
+    folders = {(name, seed): run_dir(args.runs, name, seed)
+               for name, arm in arms.items() for seed in range(arm.seeds)}
+    run_all([command(arms[name], seed, out) for (name, seed), out in folders.items()
+             if not (out / "config.json").exists()], args.jobs)
+    graded = {}
+    for base in dict.fromkeys(arm.base for arm in arms.values()):
+        checkpoints = [out for (name, _), out in folders.items() if arms[name].base == base]
+        graded[base] = grade(args.runs / f"graded_{BASES.index(base)}", args.jobs, "--base", base,
+                             "--L", 48, "--questions", args.questions, "--ckpt", *checkpoints)
+        for out in checkpoints:
+            graded[base]["results"][out.name]["logged"] = logged(out)
+    return graded
+
+
+def main() -> None:
+    args = parse()
+    level = LEVELS[args.level]
+    arms = {name: level.arms[name] for name in args.arms}
     for name, arm in arms.items():
         if not (arm.base / "config.json").exists():
             raise SystemExit(f"{name}: no model in {arm.base}; see the top of {__file__} for how to"
                              " make it, or choose other --arms")
-    runs = [(name, seed) for name, arm in arms.items() for seed in range(arm.seeds)]
-    folders = {run: run_dir(args.runs, *run) for run in runs}
-    run_all([command(*run, out) for run, out in folders.items()
-             if not (out / "config.json").exists()], args.jobs)
-    for base in dict.fromkeys(arm.base for arm in arms.values()):
-        checkpoints = [out for run, out in folders.items() if arms[run[0]].base == base]
-        folder = args.runs / f"graded_{[BASE, SECOND].index(base)}"
-        graded[base] = grade(folder, args.jobs, "--base", base, "--L", 48,
-                             "--questions", args.questions, "--ckpt", *checkpoints)
-    for name, columns in TABLES.items():
+    graded = train_and_grade(arms, args)
+    for name, columns in level.tables.items():
         text = table(columns, arms, graded, args.runs)
         atomic_write(args.out / f"{name}.md", text)
         print(text)
     record = json.dumps([*graded.values()], indent=1).replace(f"{ROOT}/", "")
-    atomic_write(args.out / "evidence.json", record)
-    draw(args.runs, args.jobs, args.pictures)
+    atomic_write(args.out / f"{[*level.tables][0]}.json", record)
+    if level.figures:
+        draw(args.runs, args.jobs, args.pictures, **level.figures)
+    if drawn := {name: arms[name] for name in level.learning if name in arms}:
+        draw_learning(drawn, args.runs, args.pictures / f"{args.level}.png")
 
 
 if __name__ == "__main__":

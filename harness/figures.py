@@ -116,6 +116,27 @@ def votes(rows: dict[str, dict]) -> Figure:
     return name_rows(figure)
 
 
+def learning(runs: dict[str, list[dict]]) -> Figure:
+    """Accuracy on held-out questions over updates: the mean over an arm's runs, and their range.
+    Each run is dict(step=, greedy=, sampled=)."""
+    figure, axes = new(4, 1, 2)
+    for axis, (key, name) in zip(axes, PANELS[1][1].items()):
+        for i, (arm, seeds) in enumerate(runs.items()):
+            x, values = seeds[0]["step"], [run[key] for run in seeds]
+            axis.fill_between(x, np.min(values, 0), np.max(values, 0), color=looks(i)["color"],
+                              alpha=0.15, lw=0)
+            axis.plot(x, np.mean(values, 0), label=None if axis is axes[1] else arm, **looks(i))
+        axis.set(xlabel="updates", title=name, ylim=(0, 1.02))
+    axes[0].set_ylabel("accuracy on held-out questions")
+    return name_rows(figure)
+
+
+def draw_learning(runs: dict[str, list[dict]], file: Path) -> None:
+    """Writes the figure of `learning`."""
+    with rc_context(STYLE):
+        learning(runs).savefig(file, dpi=150)
+
+
 def draw(numbers: dict, out: Path) -> None:
     """Writes likelihood.png, length.png, votes.png and, if there are logs, curves.png to `out`."""
     with rc_context(STYLE):

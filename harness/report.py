@@ -22,7 +22,8 @@ from .statistics import Estimate
 HEADLINES = ("elbo", "ELBO"), ("logp_y", "log p(y|x+z)"), ("kl", "KL"), ("z_len", "length")
 PARTS = "template", "answer", "end"  # of what the model is asked to say after a rationale
 TABLES = (("greedy", "loose", "sampled", "maj@k", "pass@k"),
-          ("log p(y|x)", "log p(y|x+gold)", "log p(y|x+other)", "log p(y|x+z)", "ELBO", "bound"),
+          ("log p(y|x)", "log p(y|x+gold)", "log p(y|x+other)", "log p(y|x+z)"),
+          ("log mean p(y|x+z)", "per token", "ELBO", "bound"),
           ("z", "ends", *PARTS), ("reaches", "follows", "r ~ right", "entropy", "unique"))
 OUTCOMES = {(False, True): "fixed", (True, False): "broken", (True, True): "both right",
             (False, False): "both wrong"}  # by the greedy replies of the first row and of the last
@@ -59,7 +60,7 @@ def before_and_after(out: Path) -> str:
 # ------------------------------------------------------------------------------ tables
 def digits(name: str, value: float | None) -> str:
     """A number of a column as text."""
-    places = 1 if name == "z" else 2 if name in (*TABLES[1], *PARTS) else 3
+    places = 1 if name == "z" else 2 if name in (*TABLES[1], *TABLES[2], *PARTS) else 3
     return "-" if value is None else f"{value:.{places}f}"
 
 

@@ -13,7 +13,9 @@ import latro  # noqa: F401  before transformers: see kernels/__init__.py
 import eval as grading
 from benchmarks import __main__ as benchmarks
 from conftest import ROOT
+from experiments import evidence
 from harness import config
+from toy import make
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXTERNAL = "pip", "git", "cd", "time"  # commands that are not this project's
@@ -46,6 +48,10 @@ def check(words: list[str]) -> None:
     elif program == "benchmarks":
         if flags:
             benchmarks.parse(flags)
+    elif program == "toy/make.py":
+        make.parse_args(flags)
+    elif program == "experiments/evidence.py":
+        evidence.parse(flags)
     elif program == "pytest":
         for path in (flag for flag in flags if not flag.startswith("-")):
             assert path in ("gpu", "real", "slow") or (ROOT / path).exists(), path

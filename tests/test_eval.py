@@ -156,7 +156,7 @@ def test_temperature_is_1_whatever_the_run_was_trained_at(run, tmp_path):
 def sample(said, logp_y=-1.0, kl=0.0, right=False, z_len=3, finished=True, z="2 + 2 = 4."):
     return dict(said=said, right=right, logp_y=logp_y, logp_z=kl - 5, logp0_z=-5.0, z_len=z_len,
                 finished=finished, eos=False, z=z, actions=z_len + 3, reward=logp_y,
-                reaches="4" in z, template=-0.5, answer=logp_y + 0.1, end=-0.1)
+                reaches="4" in z, answers=2, template=-0.5, answer=logp_y + 0.1, end=-0.1)
 
 
 def record(said, samples, gold="4", text="", right=False):
@@ -168,12 +168,15 @@ def record(said, samples, gold="4", text="", right=False):
 def test_columns():
     r = record("5", [sample("4", -1.0, 2.0, True, 3), sample("7", -3.0, 0.0, False, 5, False),
                      sample("4.0", -2.0, 1.0, True, 4, z="so 3")], text="It is 5, so 4")
+    r["samples"][0]["answers"] = 3  # tokens of y
     r["given"] = dict(template=-0.1, answer=-0.5, end=-0.25)
     found = grading.columns(r)
     assert [*found] == [name for names in report.TABLES for name in names]
     assert found == pytest.approx({
         "greedy": 0, "loose": 1, "sampled": 2 / 3, "maj@k": 1, "pass@k": 1, "log p(y|x)": -2.5,
-        "log p(y|x+gold)": -0.75, "log p(y|x+other)": None, "log p(y|x+z)": -2, "ELBO": -3,
+        "log p(y|x+gold)": -0.75, "log p(y|x+other)": None, "log p(y|x+z)": -2,
+        "log mean p(y|x+z)": math.log((math.exp(-1) + math.exp(-3) + math.exp(-2)) / 3),
+        "per token": -(1 + 3 + 2) / (3 + 2 + 2), "ELBO": -3,
         "bound": math.log((math.exp(-3) + math.exp(-3) + math.exp(-3)) / 3),
         "z": 4, "ends": 2 / 3, "template": -0.5, "answer": -1.9, "end": -0.1,
         "reaches": 2 / 3, "follows": 1 / 3, "r ~ right": 3**0.5 / 2,

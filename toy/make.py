@@ -30,6 +30,7 @@ import random
 import re
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -40,7 +41,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 
 LARGEST = 50
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
 CHATTER = [" Okay.", " Well.", " Let us see.", " Let me think."]
 PROMPT = "Question: {}\nAnswer:"
 TEMPLATE = " The answer is"
@@ -81,15 +82,51 @@ STORIES = [
      "end": "How many {things} does the {who} have now?"},
 ]
 
-# The first `easy` steps of a stage draw chains of 1 to 3 operations, the others 3 or 4. Stage 1 has
-# some of every kind: where hasty and direct documents first came in stage 2, copying suffered and
-# careful rationales were right .92 of the time, not .98. Stage 2 is gentle for the same reason.
-STAGES = [
-    {"steps": 1300, "easy": 400, "muon": 4.5e-3, "adamw": 3e-3,
-     "mix": {"careful": .88, "terse": .08, "hasty": .03, "direct": .01}},
-    {"steps": 200, "easy": 0, "muon": 5e-4, "adamw": 8e-4,
-     "mix": {"careful": .18, "terse": .7, "hasty": .1, "direct": .02}},
-]
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon, adjust_lr_fn="match_rms_adamw", with the Newton-Schulz iteration in
+    float32: on a CPU without bfloat16 arithmetic it takes a twelfth of the time."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        for p in group["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.05)
+            x = p.grad.lerp(momentum, 0.95)
+            x /= x.norm()
+            for _ in range(5):
+                gram = x.T @ x
+                x = 3.4445 * x + x @ (2.0315 * gram @ gram - 4.775 * gram)
+            p.mul_(1 - 0.1 * group["lr"]).sub_(x, alpha=0.2 * max(p.shape)**0.5 * group["lr"])
+
+
+# A level is how many operations a chain has, what a rationale may open with, the optimizer of the
+# matrices (torch's own made the default level's weights), and the stages of pretraining. The first
+# `easy` steps of a stage draw chains of 1 to 3 operations, the others those of the level. Stage 1
+# has some of every kind: where hasty and direct documents first came in stage 2, copying suffered
+# and careful rationales were right .92 of the time, not .98. Stage 2 is gentle for the same reason.
+# On the hard level it is not: there careful rationales shall be wrong now and then. Hasty ones are
+# rarer: with more of them, log p learns to guess (docs/results.md).
+LEVELS = {
+    "default": {"operations": (3, 4), "chatter": CHATTER,
+                "muon": partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"), "stages": [
+        {"steps": 1300, "easy": 400, "muon": 4.5e-3, "adamw": 3e-3,
+         "mix": {"careful": .88, "terse": .08, "hasty": .03, "direct": .01}},
+        {"steps": 200, "easy": 0, "muon": 5e-4, "adamw": 8e-4,
+         "mix": {"careful": .18, "terse": .7, "hasty": .1, "direct": .02}},
+    ]},
+    # Six equations, the shorter chatter and the template are 47 tokens.
+    "hard": {"operations": (5, 6), "chatter": CHATTER[:2], "muon": Muon, "stages": [
+        {"steps": 550, "easy": 220, "muon": 4.5e-3, "adamw": 3e-3,
+         "mix": {"careful": .88, "terse": .08, "hasty": .03, "direct": .01}},
+        {"steps": 150, "easy": 0, "muon": 5e-3, "adamw": 5e-3,
+         "mix": {"careful": .13, "terse": .86, "hasty": .008, "direct": .002}},
+    ]},
+}
 BATCH = 64
 PROMPT_WEIGHT = 0.1
 
@@ -145,7 +182,7 @@ def equations(chain, groups):
     return text
 
 
-def reason(rng, chain, kind):
+def reason(rng, chain, kind, chatter):
     """A rationale of the given kind, without the template that follows it."""
     _, steps = parse(chain)
     groups = []  # the steps of each equation, by index
@@ -156,14 +193,14 @@ def reason(rng, chain, kind):
             groups.append([i])
     if kind in ("hasty", "direct"):
         groups = groups[:rng.randint(1, 2) if kind == "hasty" else 0]
-    return (rng.choice(CHATTER) if rng.random() < 0.1 else "") + equations(chain, groups)
+    return (rng.choice(chatter) if rng.random() < 0.1 else "") + equations(chain, groups)
 
 
-def draw_rows(split):
+def draw_rows(split, level):
     """ROWS[split] rows, no chain twice; the same ones every time."""
     rng, rows = random.Random(split), {}
     while len(rows) < ROWS[split]:
-        chain = draw_chain(rng, rng.randint(3, 4), split)
+        chain = draw_chain(rng, rng.randint(*level["operations"]), split)
         if chain not in rows:
             rows[chain] = {"question": tell(rng, chain), "chain": chain,
                            "answer": str(values(chain)[-1])}
@@ -173,23 +210,24 @@ def draw_rows(split):
     return list(rows.values())
 
 
-def write_data(out):
+def write_data(out, level):
     for split in ROWS:
-        lines = [json.dumps(row) + "\n" for row in draw_rows(split)]
+        lines = [json.dumps(row) + "\n" for row in draw_rows(split, level)]
         (out / f"{split}.jsonl").write_text("".join(lines))
 
 
 # ---- tokenizer and model
 
-def make_tokenizer():
+def make_tokenizer(level):
     """Whole words and whole numbers that carry their leading space: decoding is concatenation.
 
     No token can merge with the one before it: capitals only begin words, and except for "Question"
     and "Answer" every word and number begins with a space. So encode(decode(ids)) == ids, always.
     """
     pattern = r"\n| ?[A-Z][a-z]*| ?[a-z]+| ?[0-9]+| ?[-+/=]|[.:?]"
-    texts = ["Question:\nAnswer: On", TEMPLATE, " + - x / = .", *CHATTER]
-    texts += [f" {word}" for word in [*DAYS, *range(LARGEST + 1)]]
+    texts = ["Question:\nAnswer: On", TEMPLATE, " + - x / = .", *level["chatter"]]
+    days = DAYS[:max(level["operations"])]
+    texts += [f" {word}" for word in [*days, *range(LARGEST + 1)]]
     for story in STORIES:
         for text in "|".join(story.values()).split("|"):
             texts.append(re.sub(r" \{\w+\}", "", f" {text}"))
@@ -215,48 +253,54 @@ def make_model(tokenizer):
 
 # ---- pretraining
 
-def draw_batch(rng, tokenizer, mix, easy):
+def draw_batch(rng, tokenizer, level, mix, easy):
     """BATCH documents: token ids and loss weights, both (BATCH, longest), 0 in the padding."""
     ids, weights = [], []
     for _ in range(BATCH):
         # Easy chains start anywhere: every sum up to LARGEST is seen, not only those near 20.
         chain = (draw_chain(rng, rng.randint(1, 3), "pretrain", LARGEST) if easy else
-                 draw_chain(rng, rng.randint(3, 4), "pretrain"))
+                 draw_chain(rng, rng.randint(*level["operations"]), "pretrain"))
         kind = rng.choices(list(mix), mix.values())[0]
         prompt = tokenizer.encode(PROMPT.format(tell(rng, chain)))
-        rest = tokenizer.encode(f"{reason(rng, chain, kind)}{TEMPLATE} {values(chain)[-1]}.<eos>")
+        rationale = reason(rng, chain, kind, level["chatter"])
+        rest = tokenizer.encode(f"{rationale}{TEMPLATE} {values(chain)[-1]}.<eos>")
         ids.append(torch.tensor(prompt + rest))
         weights.append(torch.tensor([PROMPT_WEIGHT] * len(prompt) + [1.0] * len(rest)))
     return pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
 
 
-def pretrain(tokenizer, seed):
-    """A model taken through STAGES: Muon for the matrices in the layers, AdamW for the rest."""
+def run_stage(model, tokenizer, rng, level, stage):
+    """Trains the model in place: Muon for the matrices in the layers, AdamW for the rest."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
+    steps = stage["steps"]
+
+    def ramp(step):
+        return min((step + 1) / 20, (1 - step / steps) / 0.6, 1)
+
+    movers = [level["muon"](matrices, lr=stage["muon"]),
+              torch.optim.AdamW(others, lr=stage["adamw"])]
+    movers += [torch.optim.lr_scheduler.LambdaLR(optimizer, ramp) for optimizer in movers]
+    for step in range(steps):
+        ids, weights = draw_batch(rng, tokenizer, level, stage["mix"], step < stage["easy"])
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        losses = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
+        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        loss.backward()
+        for mover in movers:
+            mover.step()
+        model.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step:4d} of {steps}  loss {loss.item():.3f}", flush=True)
+
+
+def pretrain(tokenizer, seed, level):
+    """A model taken through the stages of its level."""
     torch.manual_seed(seed)
     rng = random.Random(f"pretrain {seed}")
     model = make_model(tokenizer)
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
-    for stage in STAGES:
-        steps = stage["steps"]
-
-        def ramp(step):
-            return min((step + 1) / 20, (1 - step / steps) / 0.6, 1)
-
-        movers = [torch.optim.Muon(matrices, lr=stage["muon"], adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=stage["adamw"])]
-        movers += [torch.optim.lr_scheduler.LambdaLR(optimizer, ramp) for optimizer in movers]
-        for step in range(steps):
-            ids, weights = draw_batch(rng, tokenizer, stage["mix"], step < stage["easy"])
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-            losses = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
-            loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
-            loss.backward()
-            for mover in movers:
-                mover.step()
-            model.zero_grad()
-            if step % 100 == 0 or step == steps - 1:
-                print(f"step {step:4d} of {steps}  loss {loss.item():.3f}", flush=True)
+    for stage in level["stages"]:
+        run_stage(model, tokenizer, rng, level, stage)
     return model
 
 
@@ -301,12 +345,12 @@ def solve(model, tokenizer, rows, **options):
     return pairs
 
 
-def profile(directory, k=8, batch=50):
+def profile(directory, level, k=8, batch=50):
     """Print how a model answers 300 validation questions: greedy, at T = 1, by vote, by kind."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     torch.manual_seed(0)
-    rows, greedy, vote, samples = draw_rows("validation")[:300], [], [], []
+    rows, greedy, vote, samples = draw_rows("validation", level)[:300], [], [], []
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
         best = solve(model, tokenizer, part)
@@ -330,30 +374,39 @@ def profile(directory, k=8, batch=50):
             print(f"{kind:10s} {share:6.3f} {fmean(right):6.3f} {fmean(scores):13.2f}")
 
 
-def main():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Make the toy data and the toy model.")
+    parser.add_argument("--level", choices=LEVELS, default="default", help="(default: default)")
     parser.add_argument("--seed", type=int, default=0, help="of the pretraining, not of the data")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where to write")
+    parser.add_argument("--out", type=Path, help="where to write (default: toy, or toy/hard)")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="only describe this model")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    here = Path(__file__).parent
+    args.out = args.out or (here if args.level == "default" else here / args.level)
+    return args
+
+
+def main():
+    args = parse_args()
+    level = LEVELS[args.level]
+    if args.profile and not (args.profile / "config.json").is_file():
+        raise SystemExit(f"--profile: no model in {args.profile}")
+    if args.out.exists() and not args.out.is_dir():
+        raise SystemExit(f"--out: {args.out} is not a folder")
     torch.set_num_threads(1)  # one order of summation: the same seed gives the same weights
     transformers.utils.logging.disable_progress_bar()
     if args.profile:
-        if not (args.profile / "config.json").is_file():
-            parser.error(f"--profile: no model in {args.profile}")
-        return profile(args.profile)
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out: {args.out} is not a folder")
+        return profile(args.profile, level)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_data(args.out)
-    tokenizer = make_tokenizer()
-    model = pretrain(tokenizer, args.seed)
+    write_data(args.out, level)
+    tokenizer = make_tokenizer(level)
+    model = pretrain(tokenizer, args.seed, level)
     for part in (tokenizer, model):
         part.save_pretrained(args.out / "model")
     # Name the tokenizer's class in the way that transformers 4 knows as well.
     config = args.out / "model" / "tokenizer_config.json"
     config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    profile(args.out / "model")
+    profile(args.out / "model", level)
 
 
 if __name__ == "__main__":

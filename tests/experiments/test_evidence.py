@@ -1,6 +1,7 @@
 """Proves that the experiments train and grade every arm, and continue where they stopped."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TOY, rows, write_rows
+from conftest import ROOT, TOY, rows, write_rows
 
 import eval as grading
 import latro
@@ -68,11 +69,11 @@ def in_process(monkeypatch):
 def test_evidence(in_process, tmp_path, monkeypatch):
     """It writes tables, figures and the record. A second call trains and grades nothing."""
     small = "--questions 2 --K 3 --L 24 --steps 1 --eval-questions 1"
-    monkeypatch.setattr(evidence, "ARMS", {
-        "LaTRO": evidence.Arm(2, small), "no credit": evidence.Arm(1, small, "zero"),
-        "SFT": evidence.Arm(1, f"{small} --objective sft"),
-        "another base": evidence.Arm(1, small, base=evidence.SECOND)})
-    monkeypatch.setattr(evidence, "FIGURES", dict(k=2, questions=3, ckpt=["LaTRO"], sft="SFT"))
+    monkeypatch.setitem(evidence.LEVELS, "default", evidence.LEVELS["default"]._replace(
+        arms={"LaTRO": evidence.Arm(2, small), "no credit": evidence.Arm(1, small, "zero"),
+              "SFT": evidence.Arm(1, f"{small} --objective sft"),
+              "another base": evidence.Arm(1, small, base=evidence.SECOND)},
+        figures=dict(k=2, questions=3, ckpt=["LaTRO"], sft="SFT")))
     out = tmp_path / "made"
     out.mkdir()
     flags = ("evidence.py", "--questions", "3", "--runs", tmp_path / "runs", "--out", out,
@@ -91,6 +92,100 @@ def test_evidence(in_process, tmp_path, monkeypatch):
     started = len(in_process)
     evidence.main()
     assert len(in_process) == started + 2  # the two evaluations, which already have all replies
+
+
+@pytest.mark.slow
+def test_evidence_of_the_hard_level(in_process, tmp_path, monkeypatch):
+    """Its own arms, on its own questions; tables of what the runs logged, and the figure."""
+    small = "--questions 2 --K 3 --L 24 --steps 2 --eval-questions 1 --eval-every 1"
+    arms = {name: evidence.HARD_ARMS[name]._replace(seeds=seeds, flags=small)
+            for name, seeds in (("LaTRO", 2), ("A = 0", 1))}
+    monkeypatch.setitem(evidence.LEVELS, "hard", evidence.LEVELS["hard"]._replace(
+        arms=arms, learning=("LaTRO", "A = 0")))
+    flags = ("evidence.py", "--level", "hard", "--questions", "3", "--runs", tmp_path / "runs",
+             "--out", tmp_path, "--pictures", tmp_path)
+    monkeypatch.setattr(sys, "argv", [*map(str, flags)])
+    evidence.main()
+    made = sorted(file.name for file in tmp_path.iterdir() if file.is_file())
+    assert made == ["hard.json", "hard.md", "hard.png", "hard_diagnostics.md", "hard_learning.md"]
+    for name in ("LaTRO.1", "A_=_0.0"):
+        saved = json.loads((tmp_path / "runs" / name / "latro.json").read_text())
+        assert saved["args"]["data"] == str(ROOT / "toy/hard")
+        assert saved["base"] == str(ROOT / "toy/hard/model")
+    [graded] = json.loads((tmp_path / "hard.json").read_text())
+    log = graded["results"]["LaTRO.1"]["logged"]
+    assert log["step"] == [0, 1, 2] and len(log["greedy"]) == len(log["sampled"]) == 3
+    assert log["seconds"] > 0 and "rows" not in graded
+    learned = (tmp_path / "hard_learning.md").read_text().splitlines()
+    assert learned[2] == "| base | 1 | - | - | - | - | - |"
+
+
+def result(logged=None, **columns):
+    """What is known of a run, with these values of columns."""
+    found = dict(columns={name: [value, None, None] for name, value in columns.items()})
+    return found | (dict(logged=logged) if logged else {})
+
+
+def test_means_of_a_run():
+    """eval.py's columns, the perplexity of y, and accuracies by update from what was logged."""
+    known = {"greedy": 0.5, "per token": -2.0}
+    assert evidence.means(result(**known)) == pytest.approx(known | {"perplexity": math.e**2})
+    log = dict(step=[0, 5, 10], greedy=[0.1, 0.2, 0.3], sampled=[0.4, 0.5, 0.6], seconds=70.0)
+    found = evidence.means(result(log, **known))
+    assert found["greedy, 10"] == 0.3 and found["T = 1, 5"] == 0.5 and found["seconds"] == 70
+
+
+def test_logged(tmp_path):
+    """Seconds of all phases of all updates, accuracies of all evaluations."""
+    evals = [dict(step=step, greedy=step / 10, sampled=step / 20) for step in (0, 5)]
+    seconds = [dict(sample=1.0, score=2.0), dict(sample=0.5, score=0.25)]
+    for name, found in (("evals", evals), ("metrics", [dict(seconds=s) for s in seconds])):
+        text = "".join(json.dumps(row) + "\n" for row in found)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    assert evidence.logged(tmp_path) == dict(seconds=3.75, step=[0, 5], greedy=[0, 0.5],
+                                             sampled=[0, 0.25])
+
+
+def test_table_row():
+    """A range over seeds, one number where its ends look the same, "-" where a run has no value."""
+    log = dict(step=[10], greedy=[0.25], sampled=[0.125], seconds=99.6)
+    seeds = [result(log, greedy=0.5, **{"per token": 0.0}),
+             result(log, greedy=0.75, **{"per token": -1.0})]
+    columns = "greedy", "perplexity", "greedy, 10", "seconds"
+    assert evidence.table_row("LaTRO", columns, seeds) == (
+        "| LaTRO | 2 | 0.500 to 0.750 | 1.00 to 2.72 | 0.250 | 100 |\n")
+    assert evidence.table_row("base", columns, [result(greedy=0.5, **{"per token": -1.0})]) == (
+        "| base | 1 | 0.500 | 2.72 | - | - |\n")
+
+
+def test_no_two_runs_share_a_directory():
+    """The arm "answer weight 0", seed 1, is not "answer weight 0.1"."""
+    for level in evidence.LEVELS.values():
+        folders = [evidence.run_dir(Path("runs"), name, seed) for name, arm in level.arms.items()
+                   for seed in range(arm.seeds)]
+        assert len({*folders}) == len(folders)
+        drawn = {*level.learning, *level.figures.get("ckpt", [])}
+        assert drawn <= {*level.arms}
+
+
+@pytest.mark.parametrize("level", evidence.LEVELS)
+def test_every_arm_is_a_command(level):
+    """latro.py accepts its flags. The arms of the hard level differ from LaTRO in what they
+    name."""
+    for name, arm in evidence.LEVELS[level].arms.items():
+        words = [*map(str, evidence.command(arm, 1, Path("nowhere")))]
+        args = latro.parse(words[2 + bool(arm.control):])
+        assert (args.seed, args.task, args.model) == (1, "toy", str(arm.base))
+        if level == "hard":
+            assert (args.steps, args.questions, args.eval_every) == (50, 8, 5)
+
+
+def test_an_unknown_arm(monkeypatch, capsys):
+    """One sentence names those of the level."""
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--level", "hard", "--arms", "L 28"])
+    with pytest.raises(SystemExit):
+        evidence.main()
+    assert "L 28: choose from LaTRO, SFT, iwae bound" in capsys.readouterr().err
 
 
 def test_missing_base(monkeypatch, tmp_path):
@@ -115,7 +210,8 @@ def real_model_flags(tmp_path, *flags):
     """A command line for the toy; `flags` precede those of every run."""
     return [*map(str, ["real_model.py", "--model", TOY, "--data", gsm8k(tmp_path / "data"),
                        "--runs", tmp_path / "runs", "--out", tmp_path / "kept", "--k", 2,
-                       "--batch", 2, *flags, "--", *"--K 2 --L 16 --eval-questions 2 --lr 0.05".split()])]
+                       "--batch", 2, *flags, "--", "--K", 2, "--L", 16, "--eval-questions", 2,
+                       "--lr", 0.05])]
 
 
 @pytest.mark.slow

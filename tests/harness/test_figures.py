@@ -165,6 +165,24 @@ def test_pictures(numbers, tmp_path):
             assert (np.abs(pixels - to_rgb(color)).max(-1) < 0.02).sum() > 100, (name, color)
 
 
+def test_picture_of_learning(tmp_path):
+    """As the others. Both panels draw the mean over an arm's runs, and the range."""
+    from harness import figures
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    runs = {name: [dict(step=[0, 5], greedy=[0.1, 0.5 + gain], sampled=[0.1, gain])
+                   for gain in (low, low + 0.2)] for name, low in (("LaTRO", 0.2), ("K 4", 0.0))}
+    for axis, ends in zip(figures.learning(runs).axes, ([0.8, 0.6], [0.3, 0.1])):
+        drawn = [line.get_ydata().tolist() for line in axis.lines]
+        assert drawn == [pytest.approx([0.1, end]) for end in ends]
+    figures.draw_learning(runs, tmp_path / "hard.png")
+    pixels = imread(tmp_path / "hard.png")[..., :3]
+    assert pixels.shape[1] == 1050 and (pixels[[0, 0, -1, -1], [0, -1, 0, -1]] == 1).all()
+    for color in figures.COLORS[:2]:
+        assert (np.abs(pixels - to_rgb(color)).max(-1) < 0.02).sum() > 100
+
+
 def test_figure_numbers(numbers):
     """Questions seen, the parts of a bar, and the L of training."""
     bars = numbers["likelihood"]["base"]

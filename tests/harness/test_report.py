@@ -43,8 +43,8 @@ NASTY = {
 def record(right: bool, text="so 2. The answer is 2.", question="1 + 1?", gold="2", r=-0.25):
     """One question of a results file, with two samples."""
     sample = dict(text=text, said="2", right=bool(right), logp_z=-3.0, logp0_z=-4.0, logp_y=-0.125,
-                  reward=r, z_len=3, finished=True, eos=False, z="so 2.", actions=6, reaches=True,
-                  template=-0.5, answer=-0.1, end=-0.025)
+                  answers=2, reward=r, z_len=3, finished=True, eos=False, z="so 2.", actions=6,
+                  reaches=True, template=-0.5, answer=-0.1, end=-0.025)
     return dict(question=question, gold=gold, options=[], text=text, said="2", right=bool(right),
                 samples=[sample, sample | dict(right=False)],
                 direct=dict(template=-1.0, answer=-2.0, end=-0.5))
