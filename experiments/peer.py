@@ -11,9 +11,8 @@ machine. Finished runs are kept in {--runs}; one that was stopped begins anew.
 
 TRL gets its fastest setting. A probe times a few updates of every entry of SETTINGS, and the runs
 take the fastest. The reward is log p(y|x+z) under the policy, from one forward pass without padding
-on the left and without a mask. Everything else is in
-trainers.trl_trainer. TRL's policy learns from this
-reward alone: its gradient is that of latro.py --answer-weight 0, as the test shows.
+on the left and without a mask; trainers.trl_trainer has the rest. TRL learns from this reward
+alone: its gradient is that of latro.py --answer-weight 0, as a test shows. So that runs too.
 
 The released procedure is that of benchmarks/rivals.py, with the gradient of latro.py: see there.
 Its rationales end where latro.py's do, but every row decodes L tokens first.
@@ -51,10 +50,12 @@ from harness.errors import run_cli  # noqa: E402
 from harness.figures import STYLE, looks, name_rows, new  # noqa: E402
 from harness.metrics import environment  # noqa: E402
 
-OURS, (TRL, RELEASED) = "LaTRO", trainers.TRAIN
+OURS, SAME, (TRL, RELEASED) = "LaTRO", "LaTRO, answer weight 0", trainers.TRAIN
+FLAGS = {SAME: ["--answer-weight", "0"]}  # TRL's objective
 # threads: of the process. rows: of a forward pass, of questions x K in all. cache: of `generate`.
 SETTINGS = {
     OURS: [dict(threads=n) for n in (1, 2)],
+    SAME: [dict(threads=n) for n in (1, 2)],
     TRL: [dict(threads=n, rows=rows, cache=cache, attention=attention) for n, rows, cache, attention
           in product((1, 2), (32, 128), ("dynamic", "static"), ("sdpa", "eager"))],
     RELEASED: [dict(threads=n) for n in (1, 2)]}
@@ -66,7 +67,7 @@ REACHED = 0.95  # of a run's final accuracy
 def train(name: str, setting: dict, flags: list[str]) -> None:
     """Trains and evaluates. `flags` are those of latro.py; metrics.jsonl and evals.jsonl of --out
     are as latro.py writes them, but a peer's metrics.jsonl has seconds only."""
-    if name == OURS:
+    if name not in trainers.TRAIN:
         if latro.main(flags):
             raise SystemExit("a run failed: see the message above; finished runs are kept")
         return
@@ -98,7 +99,8 @@ def run(name: str, setting: dict, out: Path, flags: list[str]) -> Path:
     if not note.exists():
         print(f"{name}, {setting}: {out}", flush=True)
         shutil.rmtree(out, ignore_errors=True)  # its time must be that of a single process
-        in_new_process(setting["threads"], train, name, setting, [*flags, "--out", str(out)])
+        flags = [*flags, *FLAGS.get(name, []), "--out", str(out)]
+        in_new_process(setting["threads"], train, name, setting, flags)
         atomic_write(note, json.dumps(setting))
     return out
 

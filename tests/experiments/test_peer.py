@@ -172,7 +172,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(peer, "in_new_process", run_in_this_process)
     monkeypatch.setattr(peer, "PROBE", ["--steps", "2", "--eval-every", "0"])
     monkeypatch.setattr(peer, "SETTINGS", {
-        peer.OURS: [dict(threads=1)],
+        peer.OURS: [dict(threads=1)], peer.SAME: [dict(threads=1)],
         peer.TRL: [dict(threads=1, rows=4, cache="dynamic", attention="sdpa")],
         peer.RELEASED: [dict(threads=1), dict(threads=2)]})
     monkeypatch.setattr(sys, "argv", [
@@ -190,15 +190,15 @@ def test_command(command, monkeypatch):
     stopped.mkdir(parents=True)
     (stopped / "metrics.jsonl").write_text('{"step": 7, "seconds": {"update": 1.0}}\n')
     peer.main()
-    ours, *peers = [command / "runs" / f"{name}.0" for name in (
-        "LaTRO", "TRL_RLOOTrainer", "released_procedure")]
-    for out in peers:
+    ours, *others = [command / "runs" / f"{name}.0" for name in (
+        "LaTRO", "LaTRO_answer_weight_0", "TRL_RLOOTrainer", "released_procedure")]
+    for out in others:
         (before, *after), (same, *_) = rows(out, "evals"), rows(ours, "evals")
         assert before == same and [row["step"] for row in after] == [1, 2]
         assert after[0]["logp_y"] != after[1]["logp_y"] != before["logp_y"]
         assert [row["step"] for row in rows(out)] == [1, 2]
     record = json.loads((command / "peer.json").read_text())
-    assert [len(probes) for probes in record["probes"].values()] == [1, 1, 2]
+    assert [len(probes) for probes in record["probes"].values()] == [1, 1, 1, 2]
     for name, [curve] in record["curves"].items():
         first, second = peer.seconds_of_updates(peer.run_dir(command / "runs", name, 0))
         assert curve["seconds"] == pytest.approx([0, first, first + second])
