@@ -11,9 +11,8 @@ machine. Finished runs are kept in {--runs}; one that was stopped begins anew.
 
 TRL gets its fastest setting. A probe times a few updates of every entry of SETTINGS, and the runs
 take the fastest. The reward is log p(y|x+z) under the policy, from one forward pass without padding
-on the left and without a mask. Everything else is in
-trainers.trl_trainer. TRL's policy learns from this
-reward alone: its gradient is that of latro.py --answer-weight 0, as the test shows.
+on the left and without a mask; trainers.trl_trainer has the rest. TRL learns from this reward
+alone: its gradient is that of latro.py --answer-weight 0, as a test shows. So that runs too.
 
 The released procedure is that of benchmarks/rivals.py, with the gradient of latro.py: see there.
 Its rationales end where latro.py's do, but every row decodes L tokens first.
@@ -25,7 +24,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
@@ -51,26 +49,23 @@ from harness.errors import run_cli  # noqa: E402
 from harness.figures import STYLE, looks, name_rows, new  # noqa: E402
 from harness.metrics import environment  # noqa: E402
 
-OURS, (TRL, RELEASED) = "LaTRO", trainers.TRAIN
+OURS, SAME, (TRL, RELEASED) = "LaTRO", "LaTRO, answer weight 0", trainers.TRAIN
+FLAGS = {SAME: ["--answer-weight", "0"]}  # TRL's objective
 # threads: of the process. rows: of a forward pass, of questions x K in all. cache: of `generate`.
 SETTINGS = {
     OURS: [dict(threads=n) for n in (1, 2)],
+    SAME: [dict(threads=n) for n in (1, 2)],
     TRL: [dict(threads=n, rows=rows, cache=cache, attention=attention) for n, rows, cache, attention
           in product((1, 2), (32, 128), ("dynamic", "static"), ("sdpa", "eager"))],
     RELEASED: [dict(threads=n) for n in (1, 2)]}
 PROBE = "--steps 6 --eval-every 0 --eval-questions 1".split()
+HINTS = "--K, --L or --questions", "finished runs are kept"  # out of memory; any other error
 REACHED = 0.95  # of a run's final accuracy
 
 
 # ------------------------------------------------------------------------------ runs
-def train(name: str, setting: dict, flags: list[str]) -> None:
-    """Trains and evaluates. `flags` are those of latro.py; metrics.jsonl and evals.jsonl of --out
-    are as latro.py writes them, but a peer's metrics.jsonl has seconds only."""
-    if name == OURS:
-        if latro.main(flags):
-            raise SystemExit("a run failed: see the message above; finished runs are kept")
-        return
-    args = latro.parse(flags)
+def train_peer(name: str, setting: dict, args: latro.Args) -> None:
+    """Trains, then evaluates. metrics.jsonl has seconds only; evals.jsonl is that of latro.py."""
     device = init_distributed()
     codec, train_set, held_out = load_datasets(args)
     batches = [latro.draw_batch(train_set, step, args) for step in range(args.steps)]
@@ -85,11 +80,25 @@ def train(name: str, setting: dict, flags: list[str]) -> None:
         latro.evaluate_and_log(step, policy, reference, codec, held_out, args)
 
 
-def in_new_process(threads: int, function: Callable, *args) -> None:
-    """Calls function(*args) on CPU threads."""
-    with (patch.dict(os.environ, OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES=""),
-          ProcessPoolExecutor(1, get_context("spawn")) as process):
-        process.submit(function, *args).result()
+def train(name: str, setting: dict, flags: list[str]) -> int:
+    """Trains and evaluates with flags of latro.py. Returns the exit code."""
+    if name not in trainers.TRAIN:
+        return latro.main(flags)
+    return run_cli("peer.py", lambda: train_peer(name, setting, latro.parse(flags)), *HINTS)
+
+
+def exit_with(function: Callable[..., int], *args) -> None:
+    sys.exit(function(*args))
+
+
+def in_new_process(threads: int, function: Callable[..., int], *args) -> int:
+    """Calls function(*args) on CPU threads. Returns its exit code. Dies with this process."""
+    with patch.dict(os.environ, OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES=""):
+        process = get_context("spawn").Process(target=exit_with, args=(function, *args),
+                                               daemon=True)
+        process.start()
+    process.join()
+    return process.exitcode
 
 
 def run(name: str, setting: dict, out: Path, flags: list[str]) -> Path:
@@ -98,7 +107,11 @@ def run(name: str, setting: dict, out: Path, flags: list[str]) -> Path:
     if not note.exists():
         print(f"{name}, {setting}: {out}", flush=True)
         shutil.rmtree(out, ignore_errors=True)  # its time must be that of a single process
-        in_new_process(setting["threads"], train, name, setting, [*flags, "--out", str(out)])
+        flags = [*flags, *FLAGS.get(name, []), "--out", str(out)]
+        steps = latro.parse(flags).steps
+        code = in_new_process(setting["threads"], train, name, setting, flags)
+        if code or read_jsonl(out / "evals.jsonl")[-1]["step"] < steps:
+            raise SystemExit("a run has not ended: see the message above; finished runs are kept")
         atomic_write(note, json.dumps(setting))
     return out
 
@@ -208,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli("peer.py", main, "--K, --L or --questions", "finished runs are kept"))
+    sys.exit(run_cli("peer.py", main, *HINTS))

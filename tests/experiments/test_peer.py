@@ -160,19 +160,13 @@ def test_table():
     assert other[5:] == ["30.0 to 40.0", "2.00 to 3.00", "14.2 to 39.0", "1.50 to 2.05", "0.0", "-"]
 
 
-def run_in_this_process(threads, function, *args):
-    function(*args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """A small run of the whole command in this process. Returns where it writes."""
-    monkeypatch.setattr(peer, "in_new_process", run_in_this_process)
+    monkeypatch.setattr(peer, "in_new_process", lambda threads, function, *args: function(*args))
     monkeypatch.setattr(peer, "PROBE", ["--steps", "2", "--eval-every", "0"])
     monkeypatch.setattr(peer, "SETTINGS", {
-        peer.OURS: [dict(threads=1)],
+        peer.OURS: [dict(threads=1)], peer.SAME: [dict(threads=1)],
         peer.TRL: [dict(threads=1, rows=4, cache="dynamic", attention="sdpa")],
         peer.RELEASED: [dict(threads=1), dict(threads=2)]})
     monkeypatch.setattr(sys, "argv", [
@@ -190,15 +184,15 @@ def test_command(command, monkeypatch):
     stopped.mkdir(parents=True)
     (stopped / "metrics.jsonl").write_text('{"step": 7, "seconds": {"update": 1.0}}\n')
     peer.main()
-    ours, *peers = [command / "runs" / f"{name}.0" for name in (
-        "LaTRO", "TRL_RLOOTrainer", "released_procedure")]
-    for out in peers:
+    ours, *others = [command / "runs" / f"{name}.0" for name in (
+        "LaTRO", "LaTRO_answer_weight_0", "TRL_RLOOTrainer", "released_procedure")]
+    for out in others:
         (before, *after), (same, *_) = rows(out, "evals"), rows(ours, "evals")
         assert before == same and [row["step"] for row in after] == [1, 2]
         assert after[0]["logp_y"] != after[1]["logp_y"] != before["logp_y"]
         assert [row["step"] for row in rows(out)] == [1, 2]
     record = json.loads((command / "peer.json").read_text())
-    assert [len(probes) for probes in record["probes"].values()] == [1, 1, 2]
+    assert [len(probes) for probes in record["probes"].values()] == [1, 1, 1, 2]
     for name, [curve] in record["curves"].items():
         first, second = peer.seconds_of_updates(peer.run_dir(command / "runs", name, 0))
         assert curve["seconds"] == pytest.approx([0, first, first + second])
@@ -208,6 +202,31 @@ def test_command(command, monkeypatch):
     assert (command / "peer.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(peer, "in_new_process", None)
     peer.main()
+
+
+@needs_trl
+def test_a_run_that_has_not_ended(command, monkeypatch):
+    """It does not count as finished: neither one that failed nor one that was told to stop."""
+    def stopped(threads, train, name, setting, flags):
+        out = Path(flags[flags.index("--out") + 1])
+        out.mkdir(parents=True)
+        (out / "evals.jsonl").write_text('{"step": 1}\n')
+        return 0
+    for process in (stopped, lambda *_: 1):
+        monkeypatch.setattr(peer, "in_new_process", process)
+        with pytest.raises(SystemExit, match="finished runs are kept"):
+            peer.main()
+    assert not [*command.rglob("setting.json")]
+
+
+def threads_as_exit_code():
+    return 40 + torch.get_num_threads()
+
+
+@pytest.mark.slow
+def test_a_new_process():
+    """It has so many threads, and its exit code is that of the function."""
+    assert peer.in_new_process(2, threads_as_exit_code) == 42
 
 
 def test_without_trl(command, monkeypatch):
