@@ -342,10 +342,9 @@ def models_by_row(flags: argparse.Namespace, base: str) -> dict[str, str]:
     return dict(models)
 
 
-def grade(models: dict[str, str], flags: argparse.Namespace,
-          args: latro.Args) -> dict[str, list[dict]]:
-    """The records of every row, from the model of each."""
-    device = init_distributed(args.timeout)
+def grade(flags: argparse.Namespace, args: latro.Args) -> dict[str, list[dict]]:
+    """The records of every row."""
+    models, device = models_by_row(flags, args.model), init_distributed(args.timeout)
     for model in models.values():  # all are checked before the first is graded
         load_config(dataclasses.replace(args, model=model))
     # The prompts of training: another --base may have another chat template.
@@ -391,7 +390,7 @@ def publish(rows: dict[str, list[dict]], flags: argparse.Namespace, args: latro.
 def run(argv: list[str]) -> None:
     flags = parse(argv)
     figures, args = load_figures() if flags.figures else None, settings(flags)
-    rows = grade(models_by_row(flags, args.model), flags, args)
+    rows = grade(flags, args)
     if is_main_process():
         publish(rows, flags, args, shlex.join(["eval.py", *argv]), figures)
 

@@ -144,10 +144,14 @@ def grade(out: Path, jobs: int, *flags) -> dict:
     return {key: value for key, value in graded.items() if key != "rows"}
 
 
+def seconds_of_updates(out: Path) -> list[float]:
+    return [sum(row["seconds"].values()) for row in read_jsonl(out / "metrics.jsonl")]
+
+
 def logged(out: Path) -> dict:
     """What a run logged: its held-out accuracy by update, and the seconds of all its updates."""
-    evals, metrics = (read_jsonl(out / f"{name}.jsonl") for name in ("evals", "metrics"))
-    return dict(seconds=sum(sum(row["seconds"].values()) for row in metrics),
+    evals = read_jsonl(out / "evals.jsonl")
+    return dict(seconds=sum(seconds_of_updates(out)),
                 **{key: [row[key] for row in evals] for key in ("step", "greedy", "sampled")})
 
 

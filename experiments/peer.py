@@ -41,7 +41,7 @@ import latro  # noqa: E402  before transformers: see kernels/__init__.py
 from matplotlib import rc_context  # noqa: E402
 
 from experiments import trainers  # noqa: E402
-from experiments.evidence import run_dir  # noqa: E402
+from experiments.evidence import run_dir, seconds_of_updates  # noqa: E402
 from harness.checkpoint import append_jsonl, atomic_write, read_jsonl  # noqa: E402
 from harness.data import load_datasets  # noqa: E402
 from harness.distributed import init_distributed  # noqa: E402
@@ -114,10 +114,6 @@ def run(name: str, setting: dict, out: Path, flags: list[str]) -> Path:
             raise SystemExit("a run has not ended: see the message above; finished runs are kept")
         atomic_write(note, json.dumps(setting))
     return out
-
-
-def seconds_of_updates(out: Path) -> list[float]:
-    return [sum(row["seconds"].values()) for row in read_jsonl(out / "metrics.jsonl")]
 
 
 def probe(name: str, runs: Path, flags: list[str]) -> list[dict]:

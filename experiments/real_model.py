@@ -33,10 +33,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import latro  # noqa: E402
 from eval import columns, compare  # noqa: E402
+from experiments.evidence import seconds_of_updates  # noqa: E402
 from harness.checkpoint import atomic_write, read_jsonl  # noqa: E402
 from harness.data import encode, load_codec_and_train_rows, read_rows  # noqa: E402
 from harness.distributed import init_distributed  # noqa: E402
@@ -79,7 +81,7 @@ def train(name: str, args: argparse.Namespace) -> dict:
         raise UserError(f"{name}: not trained to the end; finished updates are kept: run the same"
                         " command again to continue")
     shutil.copytree(run / "adapter", args.out / name, dirs_exist_ok=True)
-    hours = sum(sum(row["seconds"].values()) for row in log) / 3600
+    hours = sum(seconds_of_updates(run)) / 3600
     return dict(training=environment(1) | dict(flags=flags, hours=hours),
                 log=[{key: row[key] for key in ("step", *LOGGED)} for row in log])
 
@@ -120,7 +122,6 @@ def draw(arms: dict[str, dict], png: Path) -> None:
     logs = {name: arms[name]["log"] for name in ("latro", "shuffled") if name in arms}
     if not logs:
         return
-    import numpy as np
     from harness.figures import STYLE, looks, name_rows, new, rc_context
     with rc_context(STYLE):
         figure, axes = new(5, 2, 2)
@@ -168,8 +169,9 @@ def main() -> None:
                             " give the same number, or another --out")
         if len(arms[name]["questions"]) < args.graded:
             grade(name, arms[name], args)
-    atomic_write(args.out / "table.md", table(arms, args.k))
-    print(table(arms, args.k))
+    text = table(arms, args.k)
+    atomic_write(args.out / "table.md", text)
+    print(text)
     draw(arms, args.out / "learning.png")
 
 

@@ -336,7 +336,7 @@ def test_ignored_rows(tile, set_tile):
     logp, dH, dW = forward_backward(token_logprobs, h, W, targets, g)
     assert not logp[~kept].any() and not dH[~kept].any()
     alone = forward_backward(token_logprobs, h[kept], W, targets[kept], g[kept])
-    # Equal but for the order of sums, which in a CPU's matrix product depends on a row's place.
+    # Equal except for rounding: in a CPU's matrix product it depends on where a row stands.
     for ours, theirs in zip((logp[kept], dH[kept], dW), alone, strict=True):
         assert max_error(ours, theirs.double()) <= 40 * U32 * max_abs(ours)
     logp, dH, dW = forward_backward(token_logprobs, h, W, torch.full_like(targets, -100), g)
