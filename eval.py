@@ -91,7 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--L", type=at_least(1), help="longest rationale, tokens (default: that of --ckpt)")
     add("--temperature", type=at_least(1e-3), default=1.0, help="of the samples (default: 1.0)")
     add("--questions", type=at_least(0), default=0, help="the first N; 0: all (default: 0)")
-    add("--batch", type=at_least(1), default=16, help="questions at a time (default: 16)")
+    add("--batch", type=at_least(1), help="questions at a time (default: what a rollout holds)")
     add("--seed", type=at_least(0), default=0, help="of the samples (default: 0)")
     add("--out", help="directory of the results (default: {--ckpt}/eval)")
     add("--show", type=at_least(0), default=0, help="questions to print with replies (default: 0)")
@@ -170,9 +170,10 @@ def replies(name: str, model: str, load, reference, codec, examples: list[Exampl
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, "".join(json.dumps(r) + "\n" for r in [head, *done]))
     policy = load() if len(done) < len(examples) else None
+    batch = flags.batch or processes() * latro.evaluation_batch(args, flags.k)
     bar = tqdm(total=len(examples), initial=len(done), desc=name, disable=not is_main_process())
     while len(done) < len(examples):
-        which = slice(len(done), len(done) + flags.batch)
+        which = slice(len(done), len(done) + batch)
         fresh = latro.evaluate(policy, reference(), codec, examples, args, flags.k, which)
         for row, known in zip(fresh, answer_logprobs(policy, codec, examples, which, args)):
             done.append(row | known)

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -155,15 +156,15 @@ class StopCriteria(NamedTuple):
 
 @torch.no_grad()
 def sample_rationales(policy, prompts: list[list[int]], stops: Tensor, eos: list[int], K: int,
-                      L: int, uniform: Tensor | None, temperature: float = 1.0,
+                      L: int, uniform: Tensor, temperature: float = 1.0,
                       max_answer_tokens: int = 0) -> list[tuple[list[int], int, int]]:
     """K continuations of each of B prompts: z ~ pi(.|x).
 
-    uniform (B K, L + max_answer_tokens) in [0, 1) drives the samples; None decodes greedily.
+    uniform (B K, L + max_answer_tokens) in [0, 1) drives the samples; a row of NaN is greedy.
     `stops` recognises the template. Returns for each rationale its ids, how many of them are z and
     what ended it, and what did: n for a template of n tokens, 0 for L, -1 for EOS."""
     device, max_tokens = policy.device, L + max_answer_tokens
-    uniform = None if uniform is None else uniform.to(device)
+    uniform, any_greedy = uniform.to(device), bool(uniform.isnan().any())
     criteria = StopCriteria(stops.to(device), torch.tensor(eos, device=device), L,
                             max_answer_tokens)
     state = DecodeState(len(prompts) * K, max_tokens, device)
@@ -172,8 +173,11 @@ def sample_rationales(policy, prompts: list[list[int]], stops: Tensor, eos: list
 
     def draw(logits: Tensor) -> None:
         """A token for each row from its logits (rows, V); notes which rows have ended."""
-        numbers = None if uniform is None else uniform[state.row, state.drawn]  # (rows,)
-        state.append(inverse_cdf_sample(logits, numbers, temperature))
+        numbers = uniform[state.row, state.drawn]  # (rows,)
+        token = inverse_cdf_sample(logits, numbers, temperature)
+        if any_greedy:
+            token = logits.argmax(-1).where(numbers.isnan(), token)
+        state.append(token)
         criteria.update(state)
 
     def step() -> None:
@@ -253,24 +257,24 @@ def answer_limit(codec: Codec, examples: list[Example]) -> int:
 def rollout(policy, codec: Codec, examples: list[Example], question_ids: list[int], step: int,
             args: Args, K: int, max_answer_tokens: int = 0, greedy: bool = False,
             credit: str | None = None) -> list[list[Rationale]]:
-    """K rationales per question: [B][K]. Samples depend only on (seed, step, question), not on
-    batching. With `max_answer_tokens` the policy also answers."""
-    uniform = None
-    if not greedy:
-        streams = [rng_stream(args.seed, step, question_id) for question_id in question_ids]
-        uniform = torch.tensor(np.concatenate([  # z's numbers first, whatever follows
-            np.hstack([rng.random((K, args.L)), rng.random((K, max_answer_tokens))])
-            for rng in streams]))
-    prompts = [example.x for example in examples]
-    drawn = iter(sample_rationales(policy, prompts, codec.stops, codec.eos, K, args.L, uniform,
-                                   args.temperature, max_answer_tokens))
+    """K rationales per question: [B][K], or [B][1 + K] with the greedy one first. Samples depend
+    only on (seed, step, question), not on batching. With `max_answer_tokens` the policy also
+    answers."""
+    streams = [rng_stream(args.seed, step, question_id) for question_id in question_ids]
+    uniform = torch.tensor(np.array([  # z's numbers first, whatever follows
+        np.hstack([rng.random((K, args.L)), rng.random((K, max_answer_tokens))])
+        for rng in streams]))  # (B, K, L + max_answer_tokens)
+    uniform = F.pad(uniform, (0, 0, int(greedy), 0), value=math.nan)
+    rows, prompts = uniform.shape[1], [example.x for example in examples]
+    drawn = iter(sample_rationales(policy, prompts, codec.stops, codec.eos, rows, args.L,
+                                   uniform.flatten(0, 1), args.temperature, max_answer_tokens))
 
     def finish(example: Example) -> Rationale:
         rationale = split_rollout(codec, *next(drawn), example.answer, credit or args.credit)
         if not max_answer_tokens:
             return rationale
         return rationale._replace(right=own_answer(codec, example, rationale.ids)["right"])
-    return [[finish(example) for _ in range(K)] for example in examples]
+    return [[finish(example) for _ in range(rows)] for example in examples]
 
 
 # ------------------------------------------------------------------------------ 3. question tree
@@ -487,6 +491,11 @@ def optimizer_step(policy, optimizer, step: int, args: Args) -> tuple[float, flo
 
 
 # ------------------------------------------------------------------------------ 6. evaluation
+def evaluation_batch(args: Args, k: int) -> int:
+    """Questions at a time and process in an evaluation: as many sequences as in a rollout."""
+    return max(1, args.questions * args.K // processes() // (1 + k))
+
+
 @torch.no_grad()
 def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Args, k: int = 2,
              which: slice = slice(None)) -> list[dict]:
@@ -496,8 +505,7 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
     at --temperature, with the scores of training. A reply is right if z ends within L tokens and
     the gold answer follows."""
     max_answer_tokens = answer_limit(codec, examples)
-    # As many sequences at a time as in a rollout.
-    batch_size = max(1, args.questions * args.K // processes() // k)
+    batch_size = evaluation_batch(args, k)
     mine, done = local_slice([*enumerate(examples)][which]), []
 
     def reply(example: Example, rationale: Rationale) -> dict:
@@ -508,10 +516,9 @@ def evaluate(policy, reference, codec: Codec, examples: list[Example], args: Arg
     with unsharded(policy, reference):
         for start in batches:
             question_ids, batch = zip(*mine[start:start + batch_size])
-            settings = policy, codec, batch, question_ids, 0, args
-            best = rollout(*settings, 1, max_answer_tokens, greedy=True)
-            drawn = rollout(*settings, k, max_answer_tokens)
-            for example, (greedy,), group in zip(batch, best, drawn):
+            replies = rollout(policy, codec, batch, question_ids, 0, args, k, max_answer_tokens,
+                              greedy=True)
+            for example, (greedy, *group) in zip(batch, replies):
                 scored = score(policy, reference, [example], [group], args)
                 [rows] = records(codec, [example], [group], *scored)
                 samples = [row | reply(example, one) for row, one in zip(rows, group)]

@@ -90,8 +90,8 @@ def grade(name: str, kept: dict, args: argparse.Namespace) -> None:
     """Grades the questions that are not graded yet. Keeps every batch."""
     settings = latro.parse([*map(str, [*FLAGS, *args.flags, *where(args), "--out",
                                        args.runs / "unused"])])
-    # latro.evaluate takes as many questions at a time as a rollout of them has sequences.
-    settings = dataclasses.replace(settings, questions=args.batch, K=args.k)
+    # A batch is as many sequences as a rollout: see latro.evaluation_batch.
+    settings = dataclasses.replace(settings, questions=args.batch, K=1 + args.k)
     codec, _ = load_codec_and_train_rows(settings)
     examples = encode(codec, read_rows(settings, "test")[:args.graded], settings)
     done, start = kept["questions"], time.monotonic()

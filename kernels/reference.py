@@ -52,15 +52,13 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor,
     return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
 
 
-def inverse_cdf_sample(logits: Tensor, uniform: Tensor | None, temperature: float) -> Tensor:
+def inverse_cdf_sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """A token from softmax(logits / temperature) for each row: (rows, V) -> (rows,) int64.
 
     `uniform` (rows,) in [0, 1) is inverted through the cumulative distribution, summed in float64,
-    so a row's token depends on its own number only, not on the other rows. None takes the most
-    likely token. Sums are taken over blocks of tokens first, then inside one block: the cumulative
-    sum is V / 64 + 64 long instead of V."""
-    if uniform is None:
-        return logits.argmax(-1)
+    so a row's token depends on its own number only, not on the other rows. Sums are taken over
+    blocks of tokens first, then inside one block: the cumulative sum is V / 64 + 64 long instead of
+    V."""
     p = (logits if temperature == 1 else logits / temperature).softmax(-1)
     padding = -p.shape[1] % BLOCK
     blocks = (F.pad(p, (0, padding)) if padding else p).unflatten(1, (-1, BLOCK))

@@ -8,6 +8,7 @@ distribution that is scored, and give a row the same tokens whatever the other r
 
 import copy
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -264,19 +265,24 @@ def generated(m, prompt: list[int], n: int, eos: list[int] | None) -> list[int]:
                           pad_token_id=0)[0, len(prompt):].tolist()
 
 
+def greedy(rows: int, tokens: int) -> torch.Tensor:
+    return torch.full((rows, tokens), math.nan)
+
+
 @each_model
 def test_greedy_is_generate(name):
     """All prompts in one left-padded batch, against one at a time; with ends at EOS, some early."""
     policy, stock, n = model(name), model(name, "sdpa"), 16
     whole = [generated(stock, x, n, None) for x in PROMPTS]
+    nan = greedy(len(PROMPTS), n)
     assert [ids for ids, *_ in latro.sample_rationales(policy, PROMPTS, stops_of(V), [-1], 1, n,
-                                                       None)] == whole
+                                                       nan)] == whole
     # So that the first row ends at once, and others on the way or never.
     eos = [whole[0][0], next(t for t in whole[1] + whole[2] if t != whole[0][0])]
     short = [generated(stock, x, n, eos) for x in PROMPTS]
     assert len(short[0]) == 1 and len({*map(len, short)}) > 1
     ends = [(ids, len(ids), -int(ids[-1] in eos)) for ids in short]
-    assert latro.sample_rationales(policy, PROMPTS, stops_of(V), eos, 1, n, None) == ends
+    assert latro.sample_rationales(policy, PROMPTS, stops_of(V), eos, 1, n, nan) == ends
 
 
 @pytest.fixture
@@ -328,6 +334,13 @@ def test_a_row_depends_on_its_own_numbers_only(name):
     for b, x in enumerate(PROMPTS):
         for k in range(K):
             assert sample([x], uniform[b:b + 1, k:k + 1]) == [many[b * K + k]]
+    # A greedy row among them changes neither them nor itself.
+    mixed = uniform.clone()
+    mixed[:, 2] = math.nan
+    rows, alone = sample(PROMPTS, mixed), sample(PROMPTS, mixed[:, 2:3])
+    assert rows[2::K] == alone and any(row != one for row, one in zip(alone, many[2::K]))
+    assert [row for i, row in enumerate(rows) if i % K != 2] == [
+        row for i, row in enumerate(many) if i % K != 2]
 
 
 # ------------------------------------------------------- the sampler's rules, on a script
@@ -353,7 +366,8 @@ def continued(first: list[int], L: int, max_answer_tokens: int, stops, eos,
               K: int = 1) -> list[tuple]:
     """(number of ids, end, stop reason) of the continuations that begin with these tokens."""
     rows = latro.sample_rationales(Script(), [[t - 1] for t in first], stops_of(100, *stops), eos,
-                                   K, L, None, max_answer_tokens=max_answer_tokens)
+                                   K, L, greedy(len(first) * K, L + max_answer_tokens),
+                                   max_answer_tokens=max_answer_tokens)
     for (ids, *_), t in zip(rows, (t for t in first for _ in range(K)), strict=True):
         assert ids == [*range(t, t + len(ids))]
     return [(len(ids), end, reason) for ids, end, reason in rows]
@@ -432,4 +446,3 @@ def test_inverse_cdf_draws_each_token_on_its_own_interval_only():
         for row, chance, token in zip(logits.double().softmax(-1), u, tokens):
             below, upto = row[:token].sum(), row[:token + 1].sum()
             assert row[token] > 0 and below - 1e-12 <= chance * row.sum() <= upto + 1e-12
-    assert (reference.inverse_cdf_sample(logits, None, 1.0) == logits.argmax(-1)).all()

@@ -3,6 +3,7 @@ guessed from an id. Answers are compared as a reader would compare them.
 """
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -222,7 +223,8 @@ def test_pad_and_eos_inside_a_row_are_ordinary_tokens(policy):
 def test_pad_and_eos_inside_a_prompt_do_not_change_its_continuation(policy):
     plain = AutoModelForCausalLM.from_pretrained(TOY)
     stops = stops_of(policy.vocab_size, [8, 9, 10])
-    together = latro.sample_rationales(policy, PROMPTS, stops, [1], 1, 20, None)
+    together = latro.sample_rationales(policy, PROMPTS, stops, [1], 1, 20,
+                                        torch.full((len(PROMPTS), 20), math.nan))
     for x, (ids, *_) in zip(PROMPTS, together, strict=True):
         x = torch.tensor([x])
         theirs = plain.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=20,

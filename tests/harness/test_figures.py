@@ -89,7 +89,7 @@ def test_one_evaluation_gives_every_limit(toy):
 
     def replies_at(limit):
         limited = dataclasses.replace(args, L=limit)
-        groups = latro.rollout(policy, codec, examples, [*range(12)], 0, limited, 1, longest,
+        groups = latro.rollout(policy, codec, examples, [*range(12)], 0, limited, 0, longest,
                                greedy=True)
         return [dict(ids=reply.ids, actions=len(reply.actions), truncated=reply.truncated,
                      right=strict(codec.text(reply.ids), example.gold))

@@ -5,6 +5,7 @@ step that depends on a number in Python, on a newly made tensor, or on what the 
 device would replay something else.
 """
 
+import math
 from functools import partial
 
 import pytest
@@ -38,10 +39,11 @@ def sample(policy, uniform, **options):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_captured_steps_draw_the_same_samples(name, temperature, tapes, monkeypatch):
-    """The same as step by step: ids, where each z ends and why, and the answer after it. A mixture
-    of experts is not captured."""
+    """The same as step by step: ids, where each z ends and why, and the answer after it. Some rows
+    are greedy. A mixture of experts is not captured."""
     policy = model(name)
     uniform = torch.rand(len(PROMPTS) * 8, 26, generator=torch.Generator().manual_seed(2))
+    uniform[::5] = math.nan
     captured = sample(policy, uniform, temperature=temperature, max_answer_tokens=6)
     assert len({len(ids) for ids, *_ in captured}) > 5
     if name in EXPERTS:
@@ -52,16 +54,6 @@ def test_captured_steps_draw_the_same_samples(name, temperature, tapes, monkeypa
         monkeypatch.setitem(decode.PACES, "cpu", pace)
         stepwise = sample(policy, uniform, temperature=temperature, max_answer_tokens=6)
         assert stepwise == captured
-
-
-def test_captured_steps_decode_greedily_the_same(tapes, monkeypatch):
-    policy = model("llama")
-
-    def decode_greedily():
-        return latro.sample_rationales(policy, PROMPTS, STOPS, [-1], 1, 30, None)
-    captured = decode_greedily()
-    monkeypatch.setitem(decode.PACES, "cpu", decode.Pace(1, 1, False))
-    assert tapes and decode_greedily() == captured
 
 
 def test_the_number_of_captures_is_small(tapes):
