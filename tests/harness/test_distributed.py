@@ -41,11 +41,12 @@ def recording(optimizer_step):
 def half_empty(rollout):
     """latro.rollout, except that every second question gets empty rationales: the last of two
     processes draws only EOS."""
-    def wrapped(policy, codec, examples, question_ids, step, args, K, *rest, **options):
-        groups = rollout(policy, codec, examples, question_ids, step, args, K, *rest, **options)
-        empty = [[latro.split_rollout(codec, codec.eos[:1], 1, -1, e.answer, args.credit)] * K
+    def wrapped(policy, codec, examples, question_ids, step, args, *rest, **options):
+        groups = rollout(policy, codec, examples, question_ids, step, args, *rest, **options)
+        empty = [latro.split_rollout(codec, codec.eos[:1], 1, -1, e.answer, args.credit)
                  for e in examples]
-        return [e if i % 2 else g for i, g, e in zip(question_ids, groups, empty)]
+        return [[one] * len(group) if i % 2 else group
+                for i, group, one in zip(question_ids, groups, empty)]
     return wrapped
 
 
