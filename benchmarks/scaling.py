@@ -13,8 +13,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -94,15 +94,15 @@ def reset_peak() -> None:
 
 
 def measure_update(name: str, sizes: dict, rounds: int) -> dict:
-    """Median seconds of an update, and the bytes that all of them, the first included, held at their
-    peak beyond the loaded models. A later update reuses memory that the first one left behind."""
+    """Median seconds of an update, and the peak of memory beyond the loaded models, in bytes. The
+    first update counts for memory, since the others reuse what it allocated, and not for time."""
     distributed.init_distributed()
     args = SimpleNamespace(questions=QUESTIONS, K=sizes["K"], L=sizes["L"])
     work = Workload("toy", args, True, dict(vocab_size=sizes["V"]), (sizes["prompt"],) * 2)
     loop: Loop = CANDIDATES[name](work)
     reset_peak()
     before = resident_peak()
-    for _ in range(1 + rounds):  # the first one warms up
+    for _ in range(1 + rounds):
         loop()
     seconds = {phase: median(run[phase] for run in loop.runs[1:]) for phase in loop.runs[0]}
     dist.destroy_process_group()
@@ -181,24 +181,26 @@ def as_table(rows: list[dict]) -> str:
 
 def plot(rows: list[dict], png: Path) -> None:
     """Seconds above, extra memory below; a column for each axis, a line for each candidate."""
-    plt = import_module("matplotlib.pyplot")
-    plt.switch_backend("Agg")
-    rows = [row for row in rows if "seconds" in row]
-    axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
-    units = {"s": lambda row: row["seconds"], "extra MB": lambda row: row["extra_bytes"] / 1e6}
-    figure, panels = plt.subplots(2, len(axes), layout="constrained", squeeze=False, sharex="col",
-                                  figsize=(3.2 * len(axes), 5.5))
-    for i, (unit, of) in enumerate(units.items()):
-        for panel, axis in zip(panels[i], axes):
-            for name in dict.fromkeys(row["candidate"] for row in rows):
+    from matplotlib.ticker import LogLocator
+
+    from harness.figures import STYLE, looks, name_rows, new, rc_context
+    rows = [row for row in rows if row["axis"] in AXES and "seconds" in row]
+    axes, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("axis", "candidate"))
+    units = {"seconds": lambda row: row["seconds"],
+             "extra MB": lambda row: row["extra_bytes"] / 1e6}
+    with rc_context(STYLE | {"font.size": 8, "xtick.labelsize": 6.5}):
+        figure, panels = new(4.5, len(units), len(axes))
+        for panel, ((unit, of), axis) in zip(panels, product(units.items(), axes)):
+            for i, name in enumerate(names):
                 own = [row for row in rows if (row["axis"], row["candidate"]) == (axis, name)]
-                panel.plot([row["value"] for row in own], [of(row) for row in own], marker=".",
-                           label=name)
-            panel.set(xscale="log", yscale="log")
-            panel.grid(alpha=0.25)
-            panel.spines[["top", "right"]].set_visible(False)
-            panels[-1, axes.index(axis)].set_xlabel(axis)
-        panels[i, 0].set_ylabel(unit)
-    panels[0, -1].legend(frameon=False)
-    figure.savefig(png, dpi=150, facecolor="white")
-    plt.close(figure)
+                panel.plot([row["value"] for row in own], [of(row) for row in own],
+                           label=name if panel is panels[0] else None, **looks(i))
+            values = sorted({row["value"] for row in rows if row["axis"] == axis})
+            panel.set(xscale="log", yscale="log", xlabel=axis)
+            if axis == axes[0]:
+                panel.set_ylabel(unit)
+            panel.minorticks_off()
+            panel.set_xticks(values, [f"{v // 1000}k" if v >= 1000 else v for v in values])
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+        name_rows(figure).savefig(png, dpi=150)
