@@ -188,7 +188,7 @@ def plot(rows: list[dict], png: Path) -> None:
     axes, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("axis", "candidate"))
     units = {"seconds": lambda row: row["seconds"],
              "extra MB": lambda row: row["extra_bytes"] / 1e6}
-    with rc_context(STYLE | {"font.size": 8, "xtick.labelsize": 6.5}):
+    with rc_context(STYLE | {"font.size": 8, "xtick.labelsize": 5.5}):
         figure, panels = new(4.5, len(units), len(axes))
         for panel, ((unit, of), axis) in zip(panels, product(units.items(), axes)):
             for i, name in enumerate(names):
