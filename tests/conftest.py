@@ -26,6 +26,7 @@ sys.path += [str(ROOT / "tests" / room) for room in ("kernels", "harness")]  # t
 
 import pytest
 import torch
+import torch.distributed as dist
 
 CUDA = torch.cuda.is_available
 PRETENDED = os.environ.get("PRETENDED_CUDA") == "1"  # by tests/pretended_cuda.py
@@ -33,6 +34,7 @@ if not CUDA():  # Triton decides while it is imported, for good, whether it inte
     os.environ["TRITON_INTERPRET"] = "1"
 import kernels
 import latro
+from harness import distributed
 from harness.codec import stop_table
 
 if kernels.TRITON:
@@ -96,8 +98,9 @@ def signals():
 
 def begin(*command, **how):
     """A python process, its output in pipes."""
+    env = how.pop("env", os.environ)
     hidden = {} if torch.cuda.is_available() else {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | hidden,
+    return subprocess.Popen([sys.executable, *map(str, command)], env=env | hidden,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 
@@ -135,6 +138,17 @@ def start(*flags, out, stop=None):
             patch.setattr(latro, "optimizer_step", stopping(latro.optimizer_step, stop))
         assert not latro.main([*map(str, flags), "--out", str(out)])  # 0 or None: as for sys.exit
     return Path(out)
+
+
+@contextmanager
+def one_process_group():
+    """The runs inside share a group of processes, which ends with them."""
+    device = distributed.init_distributed()
+    latro.init_distributed = lambda *_: device
+    destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+    yield
+    dist.barrier()
+    destroy()
 
 
 def stopping(optimizer_step, last):

@@ -3,22 +3,24 @@ for CUDA is executed, on fake CUDA tensors or under a pretended CUDA, or the rea
 below."""
 
 import json
+import os
 import shutil
-from functools import cache
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
 import cuda_lines
-from conftest import CUDA, HELD, ROOT, begin
+from conftest import CUDA, ROOT, begin
 
 PRETENDED = "tests/pretended_cuda.py -m pytest -q -m gpu --show-capture=no"
 AGAIN = "plan or resume or reuse or alike or wait or captured"  # these reach no other lines
-RUNS = {  # arguments of python, and whether the lines that they reach are recorded
+RUNS = {  # arguments of python, and whether the lines that they reach are recorded; longest first
+    "benchmarks": (True, [*PRETENDED.split(), "tests/benchmarks"]),
     "lines of the gpu tests": (True, [*PRETENDED.split(), "tests/test_gpu.py",
                                       "-k", f"not ({AGAIN})"]),
     "other gpu tests": (False, [*PRETENDED.split(), "tests/test_gpu.py", "-k", AGAIN]),
-    "benchmarks": (True, [*PRETENDED.split(), "tests/benchmarks"]),
     "fake tensors": (True, ["tests/fake_cuda.py"]),
     "errors": (True, [*"-m pytest -q tests/kernels tests/harness/test_memory.py -k".split(),
                       "opcheck or float64_uses or a_capture or gpu_can_hold or numbers_of_rat"
@@ -40,33 +42,26 @@ UNREACHED = {  # statements, and why these runs do not reach them
         "the pretended GPU is a Hopper, and Liger is not installed"}
 
 
-@cache
-def run(name: str) -> tuple[int, str]:
+def run(name: str, reached: Path) -> tuple[int, str]:
     """Exit code, and the end of what was printed."""
     is_recorded, arguments = RUNS[name]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("REACHED_LINES", raising=False)
-        if is_recorded:
-            patch.setenv("REACHED_LINES", str(reached_folder()))
-        process = begin(*arguments, cwd=ROOT)
-        printed, errors = process.communicate(timeout=1800)
+    folder = {"REACHED_LINES": str(reached)} if is_recorded else {}
+    process = begin(*arguments, cwd=ROOT, env=os.environ | folder)
+    printed, errors = process.communicate(timeout=1800)
     return process.returncode, printed[-3000:] + errors[-1000:]
 
 
-@cache
-def reached_folder() -> Path:
-    folder = Path(HELD.name, "reached")
-    folder.mkdir()
-    return folder
+@pytest.fixture(scope="module")
+def reached(tmp_path_factory):
+    return tmp_path_factory.mktemp("reached")
 
 
-def reached_lines() -> dict[str, set[int]]:
-    """The lines that the recorded runs have reached, by file."""
-    found = {}
-    for path in reached_folder().glob("*.json"):
-        for file, lines in json.loads(path.read_text()).items():
-            found.setdefault(file, set()).update(lines)
-    return found
+@pytest.fixture(scope="module")
+def runs(reached):
+    """Every run, in the background: one at a time per core."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {name: pool.submit(run, name, reached) for name in RUNS}
+        pool.shutdown(cancel_futures=True)
 
 
 needs_no_gpu = pytest.mark.skipif(
@@ -76,22 +71,25 @@ needs_no_gpu = pytest.mark.skipif(
 @needs_no_gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_run(name):
+def test_run(name, runs):
     """All its tests pass, and none is skipped."""
     if name == "fake tensors" and not shutil.which("g++"):
         pytest.skip("no C++ compiler")
-    code, printed = run(name)
+    code, printed = runs[name].result()
     assert code == 0 and " passed" in printed and "skipped" not in printed, printed
 
 
 @needs_no_gpu
 @pytest.mark.slow
-def test_every_line_that_asks_for_cuda_is_reached():
+def test_every_line_that_asks_for_cuda_is_reached(runs, reached):
     """Prints those that are not, with the reason."""
-    for name in RUNS:
-        run(name)
+    wait(runs.values())
+    lines = defaultdict(set)
+    for path in reached.glob("*.json"):
+        for file, numbers in json.loads(path.read_text()).items():
+            lines[file].update(numbers)
     texts = cuda_lines.sources()
-    missing = {str(one): one for one in cuda_lines.unreached(reached_lines(), texts)}
+    missing = {str(one): one for one in cuda_lines.unreached(lines, texts)}
     for text, one in missing.items():
         print(f"{one.file}:{one.lines[0]}: {UNREACHED.get(text, 'NOT REACHED')}")
     assert not missing.keys() - UNREACHED.keys()

@@ -20,15 +20,17 @@ ENVIRONMENT = {"command", "date", "commit", "device", "torch", "triton", "liger_
 
 @pytest.fixture(autouse=True)
 def small_and_not_compiled(monkeypatch):
-    """torch.compile would take most of the time."""
+    """torch.compile would take most of the time, and under the pretence the interpreted kernels."""
     monkeypatch.setattr(operations, "compiled", lambda function: "not run: a test")
+    if PRETENDED:
+        monkeypatch.setattr(timing, "WARM_UP", 0)
     monkeypatch.setattr(operations, "RATIONALES", [(2, 4, 8)])
     monkeypatch.setattr(operations, "ROWS", [16])
 
 
 def run(out, *argv):
     """Exit code, and the contents of the JSON file."""
-    code = command.main([*argv, "--rounds", "3", "--out", str(out)])
+    code = command.main([*argv, "--rounds", "1" if PRETENDED else "3", "--out", str(out)])
     return code, json.loads((out / f"{argv[0]}.json").read_text())
 
 
@@ -248,7 +250,6 @@ def test_on_a_gpu(tmp_path, monkeypatch, name):
     sizes = dict(sample=["--models", "toy"], score=[]).get(
         name, ["--models", "toy", "--tokens", "64"])
     if PRETENDED and name == "tune":
-        monkeypatch.setattr(timing, "WARM_UP", 0)
         sizes += ["--only", "ours", "dZ of 2^26 bytes", "64x64x32, 4 warps, 2 stages",
                   "64x64x32, 4 warps, 2 stages, TMA"]
     code, results = run(tmp_path, name, *sizes, *(["--plot"] if name == "logprob" else []))

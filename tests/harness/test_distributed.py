@@ -19,7 +19,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig,
                           MixtralConfig)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is also a script
-from conftest import TINY, TOY, contents, gradients, launch, rows, start, stopping, untimed
+from conftest import (TINY, TOY, contents, gradients, launch, one_process_group, rows, start,
+                      stopping, untimed)
 
 import latro  # after conftest, which puts the repository on the path
 from harness import distributed
@@ -266,9 +267,5 @@ def test_resume_with_other_numbers_of_processes(outs, tmp_path):
 
 
 if __name__ == "__main__":
-    device = distributed.init_distributed()  # one group for all jobs
-    latro.init_distributed = lambda *_: device
-    destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
-    run_jobs(json.loads(Path(sys.argv[1]).read_text()))
-    dist.barrier()
-    destroy()
+    with one_process_group():
+        run_jobs(json.loads(Path(sys.argv[1]).read_text()))

@@ -22,7 +22,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig,
                           Qwen3Config, Qwen3MoeConfig, SmolLM3Config)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is also a script
-from conftest import TINY, TOY, begin, launch, rows, start, stopping
+from conftest import TINY, TOY, begin, launch, one_process_group, rows, start, stopping
 
 import latro  # after conftest, which puts the repository on the path
 import load_model
@@ -92,26 +92,42 @@ def comparing(save_checkpoint):
     return wrapped
 
 
-@pytest.mark.parametrize("case", HEADS)
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_head(case, processes, model, tmp_path, monkeypatch):
-    """A head is trained, saved and loaded as its own or as the embedding: at the first save, at a
-    later one and at that of a resumed run, also when FSDP shards the weights."""
+def prepare_head(case, folder):
+    """Flags of a run whose base has this head. The last one is --out."""
     says_tied, noise, tied = HEADS[case]
-    set_head(model, says_tied, noise)
-    out = tmp_path / ("out-tied" if tied else "out")
-    flags = ["--model", model, "--task", "toy", *FLAGS]
-    if processes == 1:
-        monkeypatch.setattr(latro, "save_checkpoint", comparing(latro.save_checkpoint))
-        start(*flags, out=out, stop=2)
-        start("--resume", out=out)
-    else:
-        for stop, given in (2, flags), (0, ["--resume"]):
-            code, _, errors = launch(stop, *given, "--out", out, processes=2, script=__file__)
-            assert code == 0, errors[-3000:]
+    set_head(copytree(TOY, folder / "model"), says_tied, noise)
+    out = folder / ("out-tied" if tied else "out")
+    return ["--model", folder / "model", "--task", "toy", *FLAGS, "--out", out]
+
+
+def check_head(case, out):
+    """A head is trained, saved and loaded as its own or as the embedding: at the first save, at a
+    later one and at that of a resumed run."""
+    *_, tied = HEADS[case]
     assert len(rows(out)) == 3
     assert read(out)["tie_word_embeddings"] == tied
     assert ("lm_head.weight" in load_file(out / "model.safetensors")) == (not tied)
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_head(case, tmp_path, monkeypatch):
+    *flags, _, out = prepare_head(case, tmp_path)
+    monkeypatch.setattr(latro, "save_checkpoint", comparing(latro.save_checkpoint))
+    start(*flags, out=out, stop=2)
+    start("--resume", out=out)
+    check_head(case, out)
+
+
+@pytest.mark.slow
+def test_head_that_fsdp_shards(tmp_path):
+    """Each run stops in its second update, and is resumed."""
+    runs = {case: [*map(str, prepare_head(case, tmp_path / case))] for case in HEADS}
+    jobs = [job for flags in runs.values() for job in ((2, flags), (0, ["--resume", *flags[-2:]]))]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    code, _, errors = launch(tmp_path / "jobs.json", processes=2, script=__file__)
+    assert code == 0, errors[-3000:]
+    for case, flags in runs.items():
+        check_head(case, Path(flags[-1]))
 
 
 def test_tensor_with_two_names(tmp_path):
@@ -359,6 +375,8 @@ def test_real_model_loads_in_the_previous_generation(tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
-    latro.save_checkpoint = comparing(latro.save_checkpoint)
-    latro.optimizer_step = stopping(latro.optimizer_step, int(sys.argv[1]))
-    latro.exit_process(latro.main(sys.argv[2:]))
+    latro.save_checkpoint, optimizer_step = comparing(latro.save_checkpoint), latro.optimizer_step
+    with one_process_group():
+        for stop, flags in json.loads(Path(sys.argv[1]).read_text()):
+            latro.optimizer_step = stopping(optimizer_step, stop)
+            assert not latro.main(flags)

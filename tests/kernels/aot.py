@@ -1,6 +1,7 @@
 """Compiles every kernel ahead of time, without a GPU, exactly as its wrapper would launch it.
 
-    python tests/kernels/aot.py 90        one JSON line per kernel: its resources on sm_90
+    python tests/kernels/aot.py 90 2 100  one JSON line per kernel: its resources on sm_90, that of
+                                          rationales with K = 2 and with K = 100
 
 A stub of the driver names the target, and a launch only compiles. ptxas and cuobjdump, which come
 with Triton, give the resources. Values are tested elsewhere, in the interpreter.
@@ -64,15 +65,16 @@ def resources(compiled) -> dict:
                 f64=ptx.count(".f64"), atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)), **count)
 
 
-def launches():
-    """Pairs of a label and a function that calls a wrapper: every way to launch each kernel."""
+def launches(sizes: list[int]):
+    """Pairs of a label and a function that calls a wrapper: every way to launch each kernel.
+    sizes: numbers K of rationales."""
     for dtype, D, V in ((torch.bfloat16, 64, 1008), (torch.float16, 64, 1008),
                         (torch.bfloat16, 63, 1001), (torch.float32, 64, 1008)):
         h, W = (torch.zeros(n, D, dtype=dtype, requires_grad=True) for n in (300, V))
         targets = torch.zeros(300, dtype=torch.long)
         yield (dict(dtype=str(dtype).removeprefix("torch."), D=D),
                lambda: token_logprob.token_logprobs(h, W, targets, 0.7).sum().backward())
-    for K in (2, 16, 100, 512):
+    for K in sizes:
         start, logp, penalty = torch.arange(0, 3 * K, 3), torch.zeros(3 * K), torch.zeros(K)
         for options in (dict(logp0=logp, penalty=penalty), dict(logp0=logp, bound="iwae"),
                         dict(logp0=None, penalty=0.5, reward="prob"),
@@ -84,7 +86,7 @@ def launches():
                        **options))
 
 
-def main(arch: int) -> None:
+def main(arch: int, *sizes: int) -> None:
     driver.set_active(StubDriver(arch))
     run, label = JITFunction.run, {}
 
@@ -94,9 +96,9 @@ def main(arch: int) -> None:
                               warps=options.get("num_warps", 4), **resources(compiled))))
         return compiled
     JITFunction.run = compile_only
-    for label, call in launches():
+    for label, call in launches(sizes):
         call()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))
