@@ -43,7 +43,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor,
     temperature = torch.ones_like(targets, dtype=wide) * temperature
 
     def chunk(h: Tensor, t: Tensor, temperature: Tensor) -> Tensor:
-        logp = (h.to(wide) @ W.T / temperature[:, None]).log_softmax(-1)
+        logp = (h.to(wide) / temperature[:, None] @ W.T).log_softmax(-1)
         ignored = t == -100
         return logp.gather(-1, t.masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(ignored, 0.0)
 
