@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.util import find_spec
@@ -96,9 +97,8 @@ def signals():
         signal.signal(number, handler)
 
 
-def begin(*command, **how):
+def begin(*command, env=os.environ, **how):
     """A python process, its output in pipes."""
-    env = how.pop("env", os.environ)
     hidden = {} if torch.cuda.is_available() else {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, *map(str, command)], env=env | hidden,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
@@ -138,6 +138,24 @@ def start(*flags, out, stop=None):
             patch.setattr(latro, "optimizer_step", stopping(latro.optimizer_step, stop))
         assert not latro.main([*map(str, flags), "--out", str(out)])  # 0 or None: as for sys.exit
     return Path(out)
+
+
+def launch_jobs(script, jobs, processes, folder):
+    """A test file as a script in several processes. Its argument is a file of the jobs in JSON:
+    (flags of latro.py, the update in which to stop or None)."""
+    path = Path(folder, "jobs.json")
+    path.write_text(json.dumps([([*map(str, flags)], stop) for flags, stop in jobs]))
+    code, _, errors = launch(path, processes=processes, script=script)
+    assert code == 0, errors[-3000:]
+
+
+@contextmanager
+def background(function, calls):
+    """{name: future} of function(*arguments) for each call, all begun now, one at a time per
+    core."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {name: pool.submit(function, *arguments) for name, arguments in calls.items()}
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
 
 import cuda_lines
-from conftest import CUDA, ROOT, begin
+from conftest import CUDA, ROOT, background, begin
 
 PRETENDED = "tests/pretended_cuda.py -m pytest -q -m gpu --show-capture=no"
 AGAIN = "plan or resume or reuse or alike or wait or captured"  # these reach no other lines
@@ -58,10 +58,8 @@ def reached(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(reached):
-    """Every run, in the background: one at a time per core."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield {name: pool.submit(run, name, reached) for name in RUNS}
-        pool.shutdown(cancel_futures=True)
+    with background(run, {name: (name, reached) for name in RUNS}) as futures:
+        yield futures
 
 
 needs_no_gpu = pytest.mark.skipif(

@@ -19,8 +19,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig,
                           MixtralConfig)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is also a script
-from conftest import (TINY, TOY, contents, gradients, launch, one_process_group, rows, start,
-                      stopping, untimed)
+from conftest import (TINY, TOY, contents, gradients, launch, launch_jobs, one_process_group, rows,
+                      start, stopping, untimed)
 
 import latro  # after conftest, which puts the repository on the path
 from harness import distributed
@@ -64,14 +64,6 @@ def run_jobs(jobs):
             assert not latro.main([*map(str, flags)])
         finally:
             latro.optimizer_step, latro.rollout = optimizer_step, rollout
-
-
-def run_jobs_by_torchrun(processes, jobs, folder):
-    """The same in several processes. This file is the script."""
-    path = Path(folder, "jobs.json")
-    path.write_text(json.dumps([([*map(str, flags)], stop) for flags, stop in jobs]))
-    code, _, errors = launch(path, processes=processes, script=Path(__file__))
-    assert code == 0, errors[-3000:]
 
 
 def one_update(folder, model_flags):
@@ -143,8 +135,8 @@ def outs(models, tmp_path_factory):
     run_jobs(jobs[1])
     outs["1 to 2"] = shutil.copytree(outs["stopped", 1], folder / "1-to-2")
     jobs[2].append((["--resume", "--out", outs["1 to 2"]], None))
-    run_jobs_by_torchrun(2, jobs[2], folder)
-    run_jobs_by_torchrun(4, jobs[4], folder)
+    for processes in (2, 4):
+        launch_jobs(__file__, jobs[processes], processes, folder)
     return outs
 
 

@@ -22,7 +22,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig,
                           Qwen3Config, Qwen3MoeConfig, SmolLM3Config)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is also a script
-from conftest import TINY, TOY, begin, launch, one_process_group, rows, start, stopping
+from conftest import TINY, TOY, begin, launch_jobs, one_process_group, rows, start, stopping
 
 import latro  # after conftest, which puts the repository on the path
 import load_model
@@ -121,13 +121,11 @@ def test_head(case, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_head_that_fsdp_shards(tmp_path):
     """Each run stops in its second update, and is resumed."""
-    runs = {case: [*map(str, prepare_head(case, tmp_path / case))] for case in HEADS}
-    jobs = [job for flags in runs.values() for job in ((2, flags), (0, ["--resume", *flags[-2:]]))]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    code, _, errors = launch(tmp_path / "jobs.json", processes=2, script=__file__)
-    assert code == 0, errors[-3000:]
+    runs = {case: prepare_head(case, tmp_path / case) for case in HEADS}
+    launch_jobs(__file__, [job for flags in runs.values()
+                           for job in ((flags, 2), (["--resume", *flags[-2:]], None))], 2, tmp_path)
     for case, flags in runs.items():
-        check_head(case, Path(flags[-1]))
+        check_head(case, flags[-1])
 
 
 def test_tensor_with_two_names(tmp_path):
@@ -377,6 +375,6 @@ def test_real_model_loads_in_the_previous_generation(tmp_path, monkeypatch):
 if __name__ == "__main__":
     latro.save_checkpoint, optimizer_step = comparing(latro.save_checkpoint), latro.optimizer_step
     with one_process_group():
-        for stop, flags in json.loads(Path(sys.argv[1]).read_text()):
+        for flags, stop in json.loads(Path(sys.argv[1]).read_text()):
             latro.optimizer_step = stopping(optimizer_step, stop)
             assert not latro.main(flags)
