@@ -452,15 +452,19 @@ def sft_weights(logp: Tensor, z_start: Tensor, y_start: Tensor, end: Tensor, tot
 
 def score(policy, reference, examples: list[Example], groups: list[list[Rationale]], args: Args,
           given: bool = False) -> tuple[Tensor, Scores]:
-    """One forward pass of the policy, and one of the reference without gradient. Returns the (T,)
-    log-probs, which carry the gradient, and the Scores of N rationales. `given`: not sampled."""
+    """One forward pass of the policy, and one of another reference without gradient. Returns the
+    (T,) log-probs, which carry the gradient, and the Scores of N rationales. `given`: not
+    sampled."""
     tree = pack_tree([example.x for example in examples], groups, args.temperature, policy)
     total = args.questions * tree.K  # N of the whole update, however it is split
+    another = not given and reference not in (None, policy)
     with torch.no_grad():
-        logp0 = None if given or reference is None else reference.logprobs(tree)  # (T,)
+        logp0 = reference.logprobs(tree) if another else None  # (T,)
     logp = policy.logprobs(tree)  # (T,) log pi of every token of z and y
     if given:
         return logp, sft_weights(logp, *tree.spans, total)
+    if reference is policy:
+        logp0 = logp.detach()
     return logp, score_rationales(
         logp, logp0, *tree.spans, tree.K, args.beta, bound=args.bound, reward=args.reward,
         right=tree.right, answer_weight=args.answer_weight,

@@ -100,6 +100,8 @@ def grade(name: str, kept: dict, args: argparse.Namespace) -> None:
     policy, reference = latro.load_policies(settings, init_distributed())
     if ARMS[name]:
         load_adapter(policy, args.out / name)
+    else:
+        reference = policy
     while len(done) < len(examples):
         which = slice(len(done), len(done) + args.batch)
         done += map(columns, latro.evaluate(policy, reference, codec, examples, settings, args.k,

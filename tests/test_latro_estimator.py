@@ -418,6 +418,18 @@ def test_kl_is_exactly_0_before_the_first_update(dtype, checkpointing):
     assert torch.equal(s.logp_z, s.logp0_z) and torch.equal(s.reward, s.logp_y)
 
 
+def test_the_base_itself_is_computed_once(monkeypatch):
+    """eval.py grades the base as the policy and as pi_0 at the same time."""
+    policy, args, passes = llama(1), settings(K=3, L=4), []
+    groups = drawn(args, 3)
+    twice = latro.score(policy, copy.deepcopy(policy), BATCH, groups, args)[1]
+    logprobs = policy.logprobs
+    monkeypatch.setattr(policy, "logprobs", lambda tree: passes.append(tree) or logprobs(tree))
+    once = latro.score(policy, policy, BATCH, groups, args)[1]
+    assert len(passes) == 1 and all(map(torch.equal, once, twice))
+    assert not once.logp0_z.requires_grad
+
+
 def test_sft_is_the_likelihood_of_rationale_and_answer():
     args, stock, policy = settings(questions=len(BATCH)), llama(1, "sdpa"), llama(1)
     given = [[0, 2], [], [2, 0, 1], []]
