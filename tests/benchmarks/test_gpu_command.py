@@ -47,7 +47,7 @@ SMALLER = {  # what makes each part quick; of two equal options the last one cou
     "rollout": f"{LOOP} --only ours generate",
     "toy": " ".join(["--steps 1", *TINY])}
 if PRETENDED:  # where each process takes seconds to start; other tests run these parts in theirs
-    SMALLER = {name: SMALLER[name] for name in ("tests", "tune", "toy")}
+    SMALLER = {name: SMALLER[name] for name in ("tests", "score", "toy")}
 
 
 @pytest.mark.gpu
