@@ -4,7 +4,7 @@
     LATRO_SMOLLM2=DIR pytest -m real tests/test_latro_real.py   with what smollm2.py made there
 
 This shows that everything fits together outside the toy: a chat template, a vocabulary of 49152,
-grouped heads, bfloat16 weights, long rationales. Nothing is learned in two updates.
+grouped heads, bfloat16 weights, rationales in plain English. Nothing is learned in two updates.
 """
 
 import math

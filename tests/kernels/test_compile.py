@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow,
 
 
 def sizes(arch, folder):
-    """The K that are compiled: more for the GPUs with the least and the most shared memory."""
+    """The K that are compiled: more for a GPU with the least shared memory, one with the most."""
     return (2, 100) if folder or arch not in (86, 90) else (2, 16, 100, 512)
 
 
