@@ -111,10 +111,10 @@ class Args:
     shard: int = flag(0, "processes that share one copy of the weights; 0: all", least=0,
                       group="machine")
     timeout: float = flag(30.0, "minutes that processes wait for each other", least=1e-3)
-    checkpointing: bool = flag(None, "recompute activations in the backward pass; by default if"
-                                     " memory asks for it")
+    checkpointing: bool = flag(None, "recompute activations; by default if memory asks for it")
     plan: int = flag(0, "GPUs to plan for: print what a run on them needs, and exit", least=0)
     kernels: str = flag("auto", "the fused operations", kernels.BACKENDS)
+    matmul_precision: str = flag("highest", "of float32 products", ("highest", "high", "medium"))
 
 
 PRESETS = {  # where a task differs from the paper's GSM8K run, which the defaults above are
@@ -594,6 +594,7 @@ def pack_branches(prompts: list[list[int]], branches: list[list[list[int]]], pol
 
 def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """--model with `logprobs` and this project's attention, which must give its own log-probs."""
+    torch.set_float32_matmul_precision(args.matmul_precision)
     model = load_model(args, device, dtype, logprobs)
     check_equivalence(model, pack_branches, args.model)
     return model

@@ -49,7 +49,7 @@ from harness.report import markdown, verdict  # noqa: E402
 
 HUB = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 FLAGS = ("--task gsm8k --shots 2 --questions 2 --K 8 --L 150 --lora-rank 1 --lr 5e-5 --warmup 5"
-         " --eval-every 0 --eval-questions 8 --keep 1").split()
+         " --eval-every 0 --eval-questions 8 --keep 1 --matmul-precision medium").split()
 ARMS = {  # script, and flags of its own; the base is not trained
     "base": None,
     "latro": ("latro.py", ""),

@@ -35,6 +35,7 @@ def precision_of_a_gpu():
     before = distributed.compute_dtype
     set_compute_dtype(bfloat16)
     yield
+    torch.set_float32_matmul_precision("highest")
     set_compute_dtype(before)
     kernels.use("auto")
 
@@ -83,6 +84,19 @@ def test_gradient_is_that_of_float32_except_for_rounding(tmp_path, monkeypatch):
     start(*flags, out=tmp_path / "float32")
     ours, expected = recorded
     assert 0.001 < (ours - expected).norm() / expected.norm() < 0.06  # bfloat16 has 8 bits
+
+
+def test_matmul_precision(tmp_path, monkeypatch):
+    """In float32, "medium" rounds the factors of products where the CPU has instructions for
+    bfloat16, and changes nothing elsewhere. KL is still exactly 0 at first."""
+    set_compute_dtype(float32)
+    flags = [*TINY, "--steps", 1]
+    expected, = rows(start(*flags, out=tmp_path / "highest"))
+    ours, = rows(start(*flags, "--matmul-precision", "medium", out=tmp_path / "medium"))
+    assert torch.get_float32_matmul_precision() == "medium" and ours["kl"] == 0.0
+    rounded = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert (untimed([ours]) != untimed([expected])) == rounded
+    assert ours["logp_y"] == pytest.approx(expected["logp_y"], rel=0.02)
 
 
 def test_resume_is_bit_equal(tmp_path):
