@@ -87,8 +87,9 @@ def test_gradient_is_that_of_float32_except_for_rounding(tmp_path, monkeypatch):
 
 
 def test_matmul_precision(tmp_path, monkeypatch):
-    """In float32, "medium" lets torch take oneDNN for products on a CPU with AVX-512, which may
-    round their factors to bfloat16; elsewhere it changes nothing. KL is still exactly 0 at first."""
+    """In float32, "medium" lets torch take oneDNN for products on a CPU with AVX-512, and there
+    round their factors to bfloat16. Elsewhere it changes nothing. KL is still exactly 0 at first.
+    """
     set_compute_dtype(float32)
     flags = [*TINY, "--steps", 1]
     expected, = rows(start(*flags, out=tmp_path / "highest"))
