@@ -89,10 +89,11 @@ def folder():
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """A run in this process takes over Ctrl-C and SIGTERM: give them back."""
+def process_state():
+    """A run in this process takes over Ctrl-C and SIGTERM, and sets the precision of products."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     yield
+    torch.set_float32_matmul_precision("highest")
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -35,7 +35,6 @@ def precision_of_a_gpu():
     before = distributed.compute_dtype
     set_compute_dtype(bfloat16)
     yield
-    torch.set_float32_matmul_precision("highest")
     set_compute_dtype(before)
     kernels.use("auto")
 
