@@ -593,7 +593,8 @@ def pack_branches(prompts: list[list[int]], branches: list[list[list[int]]], pol
 
 
 def load(args: Args, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """--model with `logprobs` and this project's attention, which must give its own log-probs."""
+    """--model with `logprobs` and this project's attention, which must give its own log-probs.
+    Sets the precision of float32 products for the whole process."""
     torch.set_float32_matmul_precision(args.matmul_precision)
     model = load_model(args, device, dtype, logprobs)
     check_equivalence(model, pack_branches, args.model)

@@ -134,8 +134,8 @@ def test_every_flag_is_recorded(tmp_path):
                  beta=0.1, temperature=1.2, questions=3, micro=2, steps=1, lr=1e-4, warmup=1,
                  grad_clip=0.5, answer_weight=0.5, truncation_penalty=1.0, eval_every=1,
                  eval_questions=3, save_every=1, keep=1, timeout=9.0, seed=3, kernels="torch",
-                 matmul_precision="high",
-                 date="2026-07-26", prompt="{question} Well", system="Tom", shots=0)
+                 matmul_precision="high", date="2026-07-26", prompt="{question} Well",
+                 system="Tom", shots=0)
     given = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
     out = start(*given, "--no-checkpointing", out=tmp_path / "out")
     noted = json.loads((out / "latro.json").read_text())["args"]

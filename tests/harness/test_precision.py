@@ -85,7 +85,7 @@ def test_gradient_is_that_of_float32_except_for_rounding(tmp_path, monkeypatch):
     assert 0.001 < (ours - expected).norm() / expected.norm() < 0.06  # bfloat16 has 8 bits
 
 
-def test_matmul_precision(tmp_path, monkeypatch):
+def test_matmul_precision(tmp_path):
     """In float32, "medium" lets torch take oneDNN for products on a CPU with AVX-512, and there
     round their factors to bfloat16. Elsewhere it changes nothing. KL is still exactly 0 at first.
     """
