@@ -49,7 +49,7 @@ from harness.report import markdown, verdict  # noqa: E402
 
 HUB = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 FLAGS = ("--task gsm8k --shots 2 --questions 2 --K 8 --L 150 --lora-rank 1 --lr 5e-5 --warmup 5"
-         " --eval-every 0 --eval-questions 8 --keep 1 --matmul-precision medium").split()
+         " --eval-every 0 --eval-questions 8 --keep 1").split()
 ARMS = {  # script, and flags of its own; the base is not trained
     "base": None,
     "latro": ("latro.py", ""),
@@ -95,7 +95,7 @@ def grade(name: str, kept: dict, args: argparse.Namespace) -> None:
     codec, _ = load_codec_and_train_rows(settings)
     examples = encode(codec, read_rows(settings, "test")[:args.graded], settings)
     done, start = kept["questions"], time.monotonic()
-    session = environment(1) | dict(first=len(done))
+    session = environment(1) | dict(flags=args.flags, first=len(done))
     kept["grading"].append(session)
     policy, reference = latro.load_policies(settings, init_distributed())
     if ARMS[name]:
