@@ -56,7 +56,7 @@ ARMS = {  # script, and flags of its own; the base is not trained
     "sft": ("latro.py", "--objective sft --lr 1e-4"),
     "shuffled": ("experiments/controls.py shuffled", ""),
 }
-LOGGED = {"logp_y": "log p(y|x+z), nats", "finished": "share of z that end before L",
+LOGGED = {"logp_y": "log p(y|x+z), nats", "finished": "share of z not cut by L",
           "z_len": "length of z, tokens", "kl": "KL to the base, nats"}
 
 
