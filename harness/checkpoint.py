@@ -39,7 +39,6 @@ LOGS = "metrics.jsonl", "evals.jsonl", "samples.jsonl"
 METADATA_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"),
                   ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
                   ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
-TRAINED = states.StateDictOptions(ignore_frozen_params=True)  # what a state holds
 LOCKS: list[IO] = []  # open lock files of this process
 
 
@@ -188,6 +187,17 @@ def save_checkpoint(args, policy, optimizer, tokenizer, step: int) -> None:
         remove_unfinished(args)
 
 
+def training_state(policy, optimizer) -> dict[str, dict]:
+    """What a state holds: the parameters that are trained, and the optimizer's state."""
+    options = states.StateDictOptions(ignore_frozen_params=True)
+    model, moments = states.get_state_dict(policy, optimizer, options=options)
+    # A tied weight has two names, and get_state_dict leaves out only the first.
+    named = policy.named_parameters(remove_duplicate=False)
+    frozen = {name for name, p in named if not p.requires_grad}
+    return dict(model={name: t for name, t in model.items() if name not in frozen},
+                optimizer=moments)
+
+
 def write_checkpoint(args, policy, optimizer, tokenizer, step: int) -> None:
     """Writes every file whole before it gets its name: the model, then the state, which makes the
     checkpoint count. Then removes old states."""
@@ -195,8 +205,7 @@ def write_checkpoint(args, policy, optimizer, tokenizer, step: int) -> None:
     fresh, export = (states_dir / name for name in UNFINISHED)
     remove_unfinished(args)  # of a run that was killed
     dist.barrier()
-    model, moments = states.get_state_dict(policy, optimizer, options=TRAINED)
-    dcp.save(dict(model=model, optimizer=moments), checkpoint_id=fresh)
+    dcp.save(training_state(policy, optimizer), checkpoint_id=fresh)
     mine = [(f.name, checksum(f)) for f in local_slice(sorted(fresh.iterdir()))]
     sums = dict(all_gather_list(mine))
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -265,9 +274,10 @@ def restore_checkpoint(args, policy, optimizer) -> int:
     state, step = last_state(args), 0
     if state:
         step = int(state.name.removeprefix("step-"))
-        model, moments = states.get_state_dict(policy, optimizer, options=TRAINED)
-        dcp.load(dict(model=model, optimizer=moments), checkpoint_id=state)
-        states.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments,
+        saved = training_state(policy, optimizer)
+        dcp.load(saved, checkpoint_id=state)
+        states.set_state_dict(policy, optimizer, model_state_dict=saved["model"],
+                              optim_state_dict=saved["optimizer"],
                               options=states.StateDictOptions(strict=not args.lora_rank))
     if is_main_process():
         for path in (Path(args.out, name) for name in LOGS):
