@@ -189,9 +189,8 @@ def save_checkpoint(args, policy, optimizer, tokenizer, step: int) -> None:
 
 def training_state(policy, optimizer) -> dict[str, dict]:
     """What a state holds: the parameters that are trained, and the optimizer's state."""
-    options = states.StateDictOptions(ignore_frozen_params=True)
-    model, moments = states.get_state_dict(policy, optimizer, options=options)
-    # A tied weight has two names, and get_state_dict leaves out only the first.
+    model, moments = states.get_state_dict(policy, optimizer)
+    # Its ignore_frozen_params would leave out only the first name of a tied weight.
     named = policy.named_parameters(remove_duplicate=False)
     frozen = {name for name, p in named if not p.requires_grad}
     return dict(model={name: t for name, t in model.items() if name not in frozen},
