@@ -54,8 +54,9 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def append_jsonl(path: Path, row: dict) -> None:
-    """Appends a row to a log in one write, on the main process."""
+    """Appends a row to a log in one write, on the main process. Raises UserError as check_locks."""
     if is_main_process():
+        check_locks()
         with path.open("a") as f:
             f.write(json.dumps(row) + "\n")
 
@@ -85,6 +86,15 @@ def acquire_lock(path: Path) -> bool:
         pass
     LOCKS.append(file)
     return True
+
+
+def check_locks() -> None:
+    """Raises UserError where a folder that this process locked was moved or deleted: its old name
+    may by now be that of another run, which would be written into."""
+    for file in LOCKS:
+        if not (os.path.exists(file.name) and os.path.samefile(file.name, file.fileno())):
+            raise UserError(f"--out {Path(file.name).parents[1]}: moved or deleted during the run."
+                            " Its checkpoints went along: --resume it where it is now")
 
 
 def release_lock() -> None:

@@ -252,6 +252,27 @@ def test_out_of_a_run_that_is_still_alive(tmp_path):
         checkpoint.release_lock()
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_out_that_moves_during_the_run(replaced, whole, tmp_path, monkeypatch, capsys):
+    """Its old name may be another run's: nothing is written there. The run goes on where it is."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    optimizer_step = latro.optimizer_step
+
+    def move_then_step(policy, optimizer, step, args):
+        if step == 1:
+            out.rename(moved)
+            if replaced:
+                copytree(whole, out)
+        return optimizer_step(policy, optimizer, step, args)
+    monkeypatch.setattr(latro, "optimizer_step", move_then_step)
+    assert latro.main([*FLAGS, "--out", str(out)]) == 1
+    assert f"--out {out}: moved or deleted" in capsys.readouterr().err
+    assert contents(out) == (contents(whole) if replaced else {})
+    monkeypatch.undo()
+    start("--resume", out=moved)
+    assert untimed(rows(moved)) == untimed(rows(whole))
+
+
 def test_lock_is_released(out):
     start("--resume", out=out)
     assert checkpoint.LOCKS == []
